@@ -1,0 +1,104 @@
+"""The signal catalogue: everything kvpilot can see, by one name, in one unit.
+
+The policy schema, the exporter and the reference page are all derived from this table. A signal is a value or
+*missing* with a reason; nothing here or downstream turns missing into a number.
+
+Kinds decide which aggregations make sense over a window:
+
+- `gauge`: a level, sampled once a tick: `last`, `mean`, `min`, `max`.
+- `counter`: cumulative, only ever read as a difference: `rate` (per second), `increase`.
+- `ratio`: two counters, numerator over denominator, differenced over the window: `mean`.
+- `distribution`: a cumulative histogram differenced over the window: `p50`, `p90`, `p95`, `p99`, `mean`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["gauge", "counter", "ratio", "distribution"]
+Provider = Literal["engine", "valve", "pilot"]
+
+AGGREGATIONS: dict[Kind, tuple[str, ...]] = {
+    "gauge": ("last", "mean", "min", "max"),
+    "counter": ("rate", "increase"),
+    "ratio": ("mean",),
+    "distribution": ("p50", "p90", "p95", "p99", "mean"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Why there is no value. `reason` is one of `REASONS`; `age_s` is the age of the last value, if any."""
+
+    reason: str
+    age_s: float | None = None
+
+
+REASONS = ("no_samples", "too_few_samples", "too_old", "restarted", "reset", "not_provided", "not_finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One row. `plausible` is what a threshold may be compared with, in `unit`; outside it is a mistake."""
+
+    name: str
+    kind: Kind
+    unit: str
+    plausible: tuple[float, float]
+    provider: Provider
+    meaning: str
+    per_class: bool = False
+    """Whether an input may narrow it with `class:`."""
+
+
+_INF = float("inf")
+_COUNT = (0.0, 1e12)
+_RATIO = (0.0, 1.0)
+_LATENCY = (0.0, 1000.0)
+_BYTES = (0.0, 1e15)
+
+
+def _table(*rows: Signal) -> dict[str, Signal]:
+    return {row.name: row for row in rows}
+
+
+SIGNALS: dict[str, Signal] = _table(
+    # Latency, as the engine measures it.
+    Signal("itl_seconds", "distribution", "seconds", _LATENCY, "engine", "Time between two tokens of a request.", True),
+    Signal("ttft_seconds", "distribution", "seconds", _LATENCY, "engine", "Request received to its first token.", True),
+    Signal("queue_wait_seconds", "distribution", "seconds", _LATENCY, "engine", "Request received to admitted.", True),
+    Signal("step_seconds", "distribution", "seconds", _LATENCY, "engine", "Duration of one engine step."),
+    # Queues.
+    Signal("requests_running", "gauge", "requests", _COUNT, "engine", "Requests that hold KV memory."),
+    Signal("requests_waiting", "gauge", "requests", _COUNT, "engine", "Requests accepted and not admitted.", True),
+    Signal("waiting_prompt_tokens", "gauge", "tokens", _COUNT, "engine", "Prompt tokens of waiting requests.", True),
+    # KV memory.
+    Signal("kv_occupancy", "gauge", "ratio", _RATIO, "engine", "Referenced KV blocks over all KV blocks."),
+    Signal("kv_free_blocks", "gauge", "blocks", _COUNT, "engine", "KV blocks that nothing holds."),
+    Signal("kv_cached_blocks", "gauge", "blocks", _COUNT, "engine", "Unreferenced KV blocks kept for reuse."),
+    Signal("kv_shared_blocks", "gauge", "blocks", _COUNT, "engine", "KV blocks that more than one sequence reads."),
+    Signal("tail_waste_ratio", "gauge", "ratio", _RATIO, "engine", "Allocated but unfilled KV token slots over all allocated slots."),
+    Signal("preemptions", "counter", "requests", _COUNT, "engine", "Running requests sent back to the queue for want of KV blocks."),
+    Signal("recomputed_tokens", "counter", "tokens", _COUNT, "engine", "Tokens computed again after a preemption."),
+    Signal("kv_limited_steps", "counter", "steps", _COUNT, "engine", "Steps in which KV memory kept a request waiting."),
+    Signal("budget_limited_steps", "counter", "steps", _COUNT, "engine", "Steps whose token budget was used up."),
+    # Work.
+    Signal("steps", "counter", "steps", _COUNT, "engine", "Engine steps."),
+    Signal("prefill_tokens", "counter", "tokens", _COUNT, "engine", "Prompt tokens computed."),
+    Signal("decode_tokens", "counter", "tokens", _COUNT, "engine", "Output tokens emitted."),
+    Signal("finished", "counter", "requests", _COUNT, "engine", "Requests that finished normally."),
+    Signal("failed", "counter", "requests", _COUNT, "engine", "Requests that ended in an error."),
+    Signal("oom", "counter", "events", _COUNT, "engine", "Steps that ran out of device memory."),
+    # Speculation. Silent, so missing, while speculation is off.
+    Signal("spec_acceptance_ratio", "ratio", "ratio", _RATIO, "engine", "Draft tokens accepted over draft tokens proposed."),
+    Signal("drafted_tokens", "counter", "tokens", _COUNT, "engine", "Draft tokens proposed."),
+    # Device memory.
+    Signal("device_free_bytes", "gauge", "bytes", _BYTES, "engine", "Device memory nobody holds, between steps."),
+    Signal("device_headroom_tokens", "gauge", "tokens", _COUNT, "engine", "Free device memory over the manifest's activation bytes per token."),
+    # The valve.
+    Signal("offered", "counter", "requests", _COUNT, "valve", "Requests that reached the valve.", True),
+    Signal("admitted", "counter", "requests", _COUNT, "valve", "Requests that the valve let in.", True),
+    Signal("shed", "counter", "requests", _COUNT, "valve", "Requests that the valve answered with 429 or 503.", True),
+    Signal("in_flight", "gauge", "requests", _COUNT, "valve", "Admitted requests whose response has not ended."),
+    # Forecasts.
+    Signal("forecast.kv_exhaustion_seconds", "gauge", "seconds", (0.0, _INF), "pilot", "Time until no KV block is free at the present slope; infinite while free blocks do not fall."),
+)  # fmt: skip
