@@ -1,14 +1,14 @@
 """How long will a running request go on? One table of output lengths, and what it says about KV demand.
 
-The table holds the last `WINDOW` finished output lengths and a thin prior spread evenly up to `max_tokens`. It is
-always read *conditioned on survival*: a request that has generated g tokens is compared with those that went
-beyond g, so that a long request is not predicted to end at once because most are short. Nothing is sticky: after
-`WINDOW` more finishes no trace of a bad hour is left.
+The table holds the last `WINDOW` finished output lengths and a thin prior spread evenly up to `max_tokens`.
+It is always read *conditioned on survival*: a request that has generated g tokens is compared with those that
+went beyond g, so that a long request is not predicted to end at once because most are short. Nothing is
+sticky: after `WINDOW` more finishes no trace of a bad hour is left.
 
-The prior is a few imaginary requests: alone they are the whole table (remaining = q of what `max_tokens` leaves),
-beside a full window they only speak for lengths that nobody has been seen to exceed.
+The prior is a few imaginary requests: alone they are the whole table (remaining = q of what `max_tokens`
+leaves), beside a full window they only speak for lengths that nobody has been seen to exceed.
 
-`observe` is one sorted insert, O(WINDOW) memmove; `remaining` O(log WINDOW); `demand` O(sequences x log WINDOW).
+Costs: `observe` O(WINDOW) memmove, `remaining` O(log WINDOW), `demand` O(sequences x log WINDOW).
 """
 
 from bisect import bisect_right, insort
@@ -92,9 +92,10 @@ class LengthPredictor:
     ) -> tuple[BlockDemand, ...]:
         """Blocks that `running` will hold after each of `horizons` steps at a token a step.
 
-        `running` yields (tokens that the sequence occupies once its prompt is computed, tokens generated so far).
-        A sequence that ends before the horizon holds nothing there: a sum of independent yes/no holdings, read
-        through its mean and variance. (The sum of per-request quantiles would be a quantile of no sum.)
+        `running` yields (tokens that the sequence occupies once its prompt is computed, tokens generated so
+        far). A sequence that ends before the horizon holds nothing there: a sum of independent yes/no
+        holdings, read through its mean and variance. (The sum of per-request quantiles would be a quantile of
+        no sum.)
         """
         lengths = self._lengths
         total = len(lengths)

@@ -1,1 +1,2 @@
-"""Workloads: trace readers, a seeded generator and open-loop clients, for the demo, benches and simulation."""
+"""Workloads: trace readers, a seeded generator and open-loop clients, for the demo, benches and
+simulation."""

@@ -106,7 +106,8 @@ def test_demand_interval_covers_what_happens() -> None:
 
 
 def test_demand_is_cheap() -> None:
-    """Called every few steps for up to 64 sequences: under 200 us of CPU (best of several; the machine is shared)."""
+    """Called every few steps for up to 64 sequences: under 200 us of CPU (the best: others share the
+    machine)."""
     rng = random.Random(1)
     predictor = table([rng.randrange(1, MAX) for _ in range(WINDOW)])
     running = [(rng.randrange(2000), rng.randrange(800)) for _ in range(64)]
