@@ -53,6 +53,7 @@ def _nucleus(distribution: Tensor, top_p: Tensor) -> Tensor:
     """Keep the fewest most likely tokens whose mass reaches top_p (always at least one), renormalised."""
     ordered, order = distribution.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
+    # The floor keeps the first token, before which the mass is 0, even at top_p = 0.
     ordered = ordered.masked_fill(
         before >= top_p.unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny), 0.0
     )

@@ -70,7 +70,7 @@ def _special(token_id: int, text: str) -> dict[str, object]:
 
 
 def _byte_glyphs() -> list[str]:
-    """The byte-level format's printable stand-in for each byte: itself if it prints, else the next free one."""
+    """The printable stand-in the byte-level format has for each byte: itself, or the next free one."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     free = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(free)) for byte in range(256)]

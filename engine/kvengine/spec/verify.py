@@ -1,7 +1,7 @@
 """Lossless speculative decoding: which drafted tokens stand, and which token follows them.
 
 The rule of rejection sampling, for a batch of sequences at once. Draft token t, drawn from q, stands with
-probability min(1, p(t)/q(t)). At the first that falls, the next token is drawn from max(p - q, 0), normalised;
+probability min(1, p(t)/q(t)). At the first that falls, the next token is drawn from max(p - q, 0) normalised;
 when all stand, from p at the position after the last. The tokens emitted are then distributed exactly as if
 the target had been sampled one token at a time. Sequences may have drafted fewer tokens than the batch's
 widest: a missing draft is a rejection with q = 0, whose residual is p itself, so the bonus token after a full

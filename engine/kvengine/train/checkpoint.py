@@ -1,4 +1,4 @@
-"""Write and read Hugging Face style model directories (`config.json`, `model.safetensors`, tokenizer files)."""
+"""Write and read model directories: `config.json`, `model.safetensors` and the tokenizer's files."""
 
 from __future__ import annotations
 

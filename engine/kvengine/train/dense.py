@@ -1,8 +1,8 @@
 """A dense Llama in plain torch, for training only: whole windows, no cache, no pages.
 
-Parameter names are those of Hugging Face, so that `state_dict()` is the checkpoint. Embedding and output share
-one matrix: at 259 tokens a second one buys nothing. The engine's own paged forward reads the same files, and a
-test holds the two together.
+Parameter names are those of Hugging Face, so that `state_dict()` is the checkpoint. Embedding and output
+share one matrix: at 259 tokens a second one buys nothing. The engine's own paged forward reads the same
+files, and a test holds the two together.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class DenseLlama(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # Residual branches start at zero: the untrained net is the identity, and trains faster for it.
+                # Residual branches start at zero: the net begins as the identity and trains faster.
                 std = 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
                 nn.init.normal_(parameter, std=std)
 

@@ -62,7 +62,7 @@ def train(
     say: Callable[[str], None],
     teacher: DenseLlama | None = None,
 ) -> None:
-    """Run the phases in place. With a teacher the loss is the distance to its distribution, not to the text."""
+    """Run the phases in place. With a teacher the loss is taken against its distribution, not the text."""
     rng = random.Random(seed)
     optimizers = Optimizers(model)
     model.train()
@@ -77,11 +77,9 @@ def train(
             optimizers.step(phase.start + (phase.end - phase.start) * done)
             total += loss.item()
             if (step + 1) % 50 == 0 or step + 1 == phase.steps:
+                mean = total / (step % 50 + 1)
                 used_s = time.process_time() - began_s
-                since = step % 50 + 1
-                say(
-                    f"phase {number}/{len(phases)} step {step + 1}: loss {total / since:.3f}, {used_s:.0f} cpu s"
-                )
+                say(f"phase {number}/{len(phases)} step {step + 1}: loss {mean:.3f}, {used_s:.0f} cpu s")
                 total = 0.0
     model.eval()
 
