@@ -80,7 +80,7 @@ class Tokenizer:
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
+        except (UnicodeEncodeError, TypeError) as error:  # the library takes half a surrogate for bytes
             raise TokenizerError(
                 "the text holds half a surrogate pair, which no tokenizer can encode"
             ) from error
