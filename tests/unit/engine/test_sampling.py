@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from kvengine.model.sampling import probs, sample
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers.models import BPE
-
 from kvengine.model.tokenizer import Detokenizer, Tokenizer, TokenizerError
 from kvengine.model.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE, tokenizer_files
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
 SHIPPED = Path(__file__).parents[3] / "engine/kvengine/weights/target"
 
@@ -144,9 +143,9 @@ def test_errors_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="not a tokenizer") as broken:
         Tokenizer.load(tmp_path)
+    plain = Tokenizer.load(write(tmp_path))
     with pytest.raises(TokenizerError, match="no chat template") as chatless:
-        write(tmp_path)
-        Tokenizer.load(tmp_path).encode_chat([])
+        plain.encode_chat([])
     with pytest.raises(TokenizerError, match="surrogate") as surrogate:
         BYTES.encode("\ud800")
     assert all("\n" not in str(error.value) for error in (missing, broken, chatless, surrogate))

@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from kvengine.model.sampling import one_hot, sample
 from kvengine.spec.verify import leading, verify, verify_greedy
+from torch import Tensor
 
 V, K, N = 8, 3, 400_000
 CRITICAL_63 = 103.4  # chi-square, 63 degrees of freedom, alpha = 1e-3
@@ -41,7 +40,7 @@ def no_bonus(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Ten
 
 
 def chi_square_of_first_two(rule: Verify, counts: Tensor) -> float:
-    """Statistic of the joint of the first two emitted tokens of N chains, from one Markov target and draft."""
+    """Statistic of the joint of the first two tokens of N chains, from one Markov target and draft."""
     generator = torch.Generator().manual_seed(7)
     target, draft = (torch.softmax(torch.randn(V, V, generator=generator), -1) for _ in range(2))
     k = int(counts.max())
