@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen and when to stop. Stop strings live where text does: in the API process."""
+    """How the next token is chosen and when to stop. Stop strings live with the text, in the API process."""
 
     max_tokens: int
     temperature: float = 1.0

@@ -26,7 +26,7 @@ class Slice:
 
 @dataclass(slots=True)
 class SliceResult:
-    """What came out of a slice. `tokens` is `accepted` drafts plus one more, or empty if it did not sample."""
+    """What came out of a slice. `tokens`: the accepted drafts and one more, or empty if it did not sample."""
 
     tokens: list[int]
     drafted: int = 0
@@ -35,7 +35,7 @@ class SliceResult:
 
 @dataclass(slots=True)
 class Batch:
-    """The slices of one step, at most one for each request, with the sums that cost models and telemetry use."""
+    """The slices of one step, at most one a request, with the sums that cost models and telemetry use."""
 
     slices: Sequence[Slice]
     tokens: int = field(init=False, default=0)

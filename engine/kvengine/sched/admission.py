@@ -1,0 +1,109 @@
+"""Who may come in: what is refused at the door, who waits in which order, who fits now.
+
+`refusal` and `fits` are pure. The queue serves the highest class first and, within a class, the earliest
+arrival; a preempted request goes back to its place by arrival, so it does not lose its turn. Push and remove
+are O(log n) to find plus a memory move, the head is O(1).
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvengine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for at most."""
+
+    model_tokens: int
+    """Positions the model knows."""
+    pool_tokens: int
+    """Positions that fit in the whole KV pool."""
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of prompt and output together."""
+        return min(self.model_tokens, self.pool_tokens)
+
+
+def refusal(prompt_tokens: int, max_tokens: int, limits: Limits) -> str | None:
+    """Why this request can never be served, in one line for its sender; None if it can."""
+    if prompt_tokens < 1:
+        return "The prompt is empty: send at least one token."
+    if max_tokens < 1:
+        return f"max_tokens is {max_tokens}: ask for at least 1."
+    what = "the model's maximum context length"
+    if limits.pool_tokens < limits.model_tokens:
+        what = "the engine's whole KV memory"
+    asked = f"the prompt has {prompt_tokens} tokens"
+    if prompt_tokens >= limits.tokens:
+        return f"Too long: {asked} and {what} is {limits.tokens}. Shorten the prompt."
+    if prompt_tokens + max_tokens > limits.tokens:
+        return (
+            f"Too long: {asked}, max_tokens is {max_tokens}, and {what} is {limits.tokens}. "
+            f"Ask for at most {limits.tokens - prompt_tokens} tokens."
+        )
+    return None
+
+
+def fits(need_blocks: int, in_use_blocks: int, total_blocks: int, watermark: float, alone: bool) -> bool:
+    """Whether a request that needs `need_blocks` may be admitted beside what is in use.
+
+    A request that would be alone is always admitted: the door has checked that the pool holds it, and a
+    watermark under its size must not starve it.
+    """
+    return alone or in_use_blocks + need_blocks <= watermark * total_blocks
+
+
+class WaitingQueue:
+    """Accepted requests without KV memory, with the sums that telemetry shows per class."""
+
+    def __init__(self, levels: int = 1) -> None:
+        self._order: list[tuple[int, int, int, Request]] = []
+        """Ascending, next to serve last: (class level, -arrival, -id, request)."""
+        self.waiting_by_level = [0] * levels
+        self.prompt_tokens_by_level = [0] * levels
+        self.prompt_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Request]:
+        """In serving order."""
+        return (entry[3] for entry in reversed(self._order))
+
+    @property
+    def head(self) -> Request:
+        """The next to serve; IndexError if there is none."""
+        return self._order[-1][3]
+
+    def push(self, request: Request) -> None:
+        """Queue it, at the place that its class and arrival give it."""
+        insort(self._order, (*self._place(request), request))
+        self._count(request, 1)
+
+    def pop(self) -> Request:
+        """Take the head out."""
+        request = self._order.pop()[3]
+        self._count(request, -1)
+        return request
+
+    def remove(self, request: Request) -> bool:
+        """Take it out, wherever it is; False if it does not wait."""
+        index = bisect_left(self._order, self._place(request), key=lambda entry: entry[:3])
+        if index == len(self._order) or self._order[index][3] is not request:
+            return False
+        del self._order[index]
+        self._count(request, -1)
+        return True
+
+    @staticmethod
+    def _place(request: Request) -> tuple[int, int, int]:
+        return request.klass, -request.arrived_ns, -request.id
+
+    def _count(self, request: Request, sign: int) -> None:
+        level, tokens = request.klass, sign * len(request.prompt)
+        self.waiting_by_level[level] += sign
+        self.prompt_tokens_by_level[level] += tokens
+        self.prompt_tokens += tokens

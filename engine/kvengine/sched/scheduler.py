@@ -1,0 +1,214 @@
+"""The scheduler: which tokens of which requests go through the model in the next step.
+
+One step is filled in this order, each under the step's token budget, in whole tokens:
+
+1. *Decodes*, one token each, and with them drafts to verify, evenly, from what the budget leaves.
+2. *Running prompts*, in chunks, together at most the prefill chunk.
+3. *Admission* of waiting requests, while the running cap, the watermark and both budgets allow at least one
+   token of them.
+
+KV blocks are allocated when a step is about to fill them. When there are none, the running request of the
+lowest class that was admitted last gives all of its blocks back and returns to the queue, to be computed
+again (its tokens are kept). Drafts are given up before anybody is preempted, and that last request itself,
+when it lacks a block, waits in place. No torch, no clock.
+
+Invariants between steps: a request waits or runs, not both; only running requests hold blocks, and each at
+least one; `running` is ordered by class (highest first), then admission; the first of them can always make
+progress, because `refusal` let in only what the whole pool holds. O(running + admitted) a step.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+from operator import attrgetter
+
+from kvengine.kv.pool import BlockPool
+from kvengine.kv.table import BlockTables, blocks_for
+from kvengine.request import Request
+from kvengine.sched.admission import WaitingQueue, fits
+from kvengine.sched.batch import Batch, Slice
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What may change between steps. The names are those of the knob catalogue."""
+
+    step_token_budget: int
+    prefill_chunk_tokens: int
+    speculative_tokens: int
+    max_running: int
+    admission_watermark: float
+
+
+class Scheduler:
+    """Owns the waiting and running requests and their block tables."""
+
+    def __init__(self, pool: BlockPool, block_size: int, levels: int = 1) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.tables = BlockTables(pool, block_size)
+        self.waiting = WaitingQueue(levels)
+        self.running: list[Request] = []
+        self.preemptions_total = 0
+        self.kv_limited = False
+        """Whether, in the latest step, want of KV blocks held a request up or sent one back."""
+        self.budget_limited = False
+        """Whether the latest step used up its token budget."""
+        self._steps = 0
+        self._admissions = 0
+        self._budget_left = 0
+        self._prefill_left = 0
+        self._slices: list[Slice] = []
+
+    def add(self, request: Request) -> None:
+        """Accept a request that `refusal` has nothing against."""
+        self.waiting.push(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that ended, however it did; its blocks are free at once."""
+        if not self.waiting.remove(request):
+            self.running.remove(request)
+            self.tables.clear(request)
+
+    def schedule(self, knobs: Knobs, now_ns: int = 0) -> Batch:
+        """The next step's work; empty only if there are no requests."""
+        self._steps += 1
+        self.kv_limited = False
+        self._slices = []
+        self._budget_left = knobs.step_token_budget
+        self._prefill_left = knobs.prefill_chunk_tokens
+        preemptions = self.preemptions_total
+        self._schedule_decodes(knobs.speculative_tokens)
+        self._schedule_prompts()
+        if self.preemptions_total == preemptions:  # Or the one just sent back would return at once.
+            self._admit(knobs, now_ns)
+        self.budget_limited = self._budget_left == 0
+        return Batch(self._slices)
+
+    def check(self) -> None:
+        """Raise unless the invariants of the module docstring hold between steps."""
+        self.pool.check(block for request in self.running for block in request.blocks)
+        for request in self.waiting:
+            assert not request.blocks, f"request {request.id} waits and holds KV blocks"
+            assert request.computed == 0, f"request {request.id} waits and has computed positions"
+            assert request not in self.running, f"request {request.id} waits and runs"
+        for request in self.running:
+            assert request.blocks, f"request {request.id} runs without a block"
+            covered = len(request.blocks) * self.block_size
+            assert request.computed <= covered, f"request {request.id}: {covered} positions are covered"
+        assert self.running == sorted(self.running, key=_rank), "running is out of order"
+
+    def _schedule_decodes(self, speculative_tokens: int) -> None:
+        decodes = [request for request in self.running if _decoding(request)]
+        if not decodes:
+            return
+        drafts = 0
+        if len(decodes) > self._budget_left:
+            # Not all fit: those served longest ago go first, or the tail would starve.
+            decodes.sort(key=attrgetter("served_step"))
+        elif speculative_tokens:
+            drafts = min(speculative_tokens, self._spare_for_drafts(len(decodes)) // len(decodes))
+        for request in decodes:
+            if self._budget_left == 0:
+                return
+            if not request.blocks:  # Preempted for one before it.
+                continue
+            # One token comes out whatever is drafted: drafts past the last token would be waste.
+            wanted = min(drafts, request.output_left - 1)
+            if wanted and not self.tables.cover(request, request.computed + 1 + wanted):
+                wanted = 0
+            while not self.tables.cover(request, request.computed + 1):
+                if not self._make_room(request):
+                    break
+            else:
+                self._serve(Slice(request, request.computed, 1, wanted, samples=True, decode=True))
+
+    def _spare_for_drafts(self, decodes: int) -> int:
+        """Tokens that drafts may use: what decodes leave, but half of it if a prompt waits for that."""
+        spare = self._budget_left - decodes
+        return spare // 2 if self.waiting or decodes < len(self.running) else spare
+
+    def _schedule_prompts(self) -> None:
+        # Preemption only takes from the end of the list, so that walking it meanwhile is safe.
+        for request in self.running:
+            if self._budget_left == 0 or self._prefill_left == 0:
+                return
+            if not _decoding(request):
+                while self.tables.reach(request) <= request.computed and self._make_room(request):
+                    pass
+                self._serve_chunk(request)
+
+    def _serve_chunk(self, request: Request) -> None:
+        """Compute as much of a prompt as both budgets and free blocks allow, if that is at least a token."""
+        wanted = min(len(request.tokens) - request.computed, self._budget_left, self._prefill_left)
+        count = min(wanted, self.tables.reach(request) - request.computed)
+        if count < wanted:
+            self.kv_limited = True
+        if count > 0 and self.tables.cover(request, request.computed + count):
+            samples = request.computed + count == len(request.tokens)
+            self._serve(Slice(request, request.computed, count, samples=samples))
+            self._prefill_left -= count
+
+    def _serve(self, item: Slice) -> None:
+        self._slices.append(item)
+        self._budget_left -= item.count + item.drafts
+        item.request.served_step = self._steps
+
+    def _admit(self, knobs: Knobs, now_ns: int) -> None:
+        if not self.waiting or len(self.running) >= knobs.max_running:
+            return
+        in_use = self.pool.referenced + sum(self._outstanding(request) for request in self.running)
+        while self.waiting and len(self.running) < knobs.max_running:
+            if self._budget_left == 0 or self._prefill_left == 0:
+                return
+            request = self.waiting.head
+            need = blocks_for(len(request.tokens), self.block_size)
+            alone = not self.running
+            if not fits(need, in_use, self.pool.total, knobs.admission_watermark, alone):
+                self.kv_limited = True
+                return
+            in_use += need
+            self._start(self.waiting.pop(), now_ns)
+
+    def _start(self, request: Request, now_ns: int) -> None:
+        self._admissions += 1
+        request.admission = self._admissions
+        if request.first_scheduled_ns == 0:
+            request.first_scheduled_ns = now_ns
+        insort(self.running, request, key=_rank)
+        self._serve_chunk(request)
+
+    def _outstanding(self, request: Request) -> int:
+        """Blocks that a running prompt has been promised and not taken yet."""
+        return max(0, blocks_for(len(request.tokens), self.block_size) - len(request.blocks))
+
+    def _make_room(self, request: Request) -> bool:
+        """Preempt the last in rank; False if that is `request` itself, which then waits in place."""
+        self.kv_limited = True
+        victim = self.running[-1]
+        if victim is request:
+            return False
+        self.running.pop()
+        if victim.served_step == self._steps:
+            self._unserve(victim)
+        victim.recompute_until = max(victim.recompute_until, victim.computed)
+        victim.preemptions += 1
+        self.preemptions_total += 1
+        self.tables.clear(victim)
+        self.waiting.push(victim)
+        return True
+
+    def _unserve(self, request: Request) -> None:
+        """Take its slice out of the step being built."""
+        item = next(item for item in self._slices if item.request is request)
+        self._slices.remove(item)
+        self._budget_left += item.count + item.drafts
+        self._prefill_left += 0 if item.decode else item.count
+
+
+def _decoding(request: Request) -> bool:
+    """Whether all but its newest token is computed and that one is output, not prompt."""
+    return request.computed == len(request.tokens) - 1 and request.computed >= len(request.prompt)
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return -request.klass, request.admission
