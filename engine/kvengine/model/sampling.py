@@ -17,7 +17,7 @@ GREEDY_BELOW = 1e-5
 def probs(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
     """Distributions [rows, vocab] of logits [rows, vocab] under each row's temperature and top_p [rows]."""
     greedy = temperature < GREEDY_BELOW
-    if bool(greedy.all()):
+    if is_greedy(temperature):
         return one_hot(logits.argmax(-1), logits.shape[-1])
     divisor = temperature.masked_fill(greedy, 1.0).unsqueeze(-1)
     distribution = (logits.float() / divisor).softmax(-1)
@@ -42,6 +42,11 @@ def sample(distribution: Tensor, uniforms: Tensor) -> Tensor:
     )
     # right=True finds the first entry strictly above the point: its own probability is then above zero.
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+
+
+def is_greedy(temperature: Tensor) -> bool:
+    """Whether every row just takes its largest logit, so that no distribution need be built."""
+    return bool((temperature < GREEDY_BELOW).all())
 
 
 def one_hot(tokens: Tensor, vocab: int) -> Tensor:
