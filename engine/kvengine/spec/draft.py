@@ -1,9 +1,9 @@
 """The draft model's side of a speculative step: k tokens proposed for each of a batch of sequences.
 
-The draft keeps its KV in the same blocks as the target. `Request.draft_computed` counts the positions of it that
-are valid; what is missing (a whole prompt, when speculation has been off) is computed here, at most
-`CATCH_UP_TOKENS` a step, so that switching speculation on neither stalls a step nor needs memory nobody planned.
-A sequence that has not caught up proposes nothing this step.
+The draft keeps its KV in the same blocks as the target. `Request.draft_computed` counts the positions of it
+that are valid; what is missing (a whole prompt, when speculation has been off) is computed here, at most
+`CATCH_UP_TOKENS` a step, so that switching speculation on neither stalls a step nor needs memory nobody
+planned. A sequence that has not caught up proposes nothing this step.
 
 k rounds of one forward each, batched over sequences; per round the Python work is O(sequences).
 """
@@ -48,9 +48,9 @@ class Proposal:
 def propose(
     forward: Forward, requests: Sequence[Request], wanted: Sequence[int], temperature: Tensor, top_p: Tensor
 ) -> Proposal:
-    """Draft `wanted[i]` > 0 tokens after `requests[i].tokens`, under each row's temperature and top_p [batch].
+    """Draft `wanted[i]` > 0 tokens after `requests[i].tokens`, at each row's temperature and top_p [batch].
 
-    These must be what the target is sampled with. Draws come from each request's own generator, one a drafted
+    Both must be what the target is sampled with. Draws come from each request's own generator, one a drafted
     token, none while the whole batch is greedy. Call `settle` once the target has judged.
     """
     rows, pieces, counts = _catch_up(requests, wanted)

@@ -38,9 +38,17 @@ DRAFT = Shape(
     max_position_embeddings=MAX_TOKENS,
 )
 TARGET_DOMAINS = ("json", "python", "python")
-TARGET_PHASES = (Phase(600, 8, 160, 1.0, 0.5), Phase(200, 3, 512, 0.5, 0.4), Phase(250, 1, MAX_TOKENS, 0.4, 0.02))
+TARGET_PHASES = (
+    Phase(600, 8, 160, 1.0, 0.5),
+    Phase(200, 3, 512, 0.5, 0.4),
+    Phase(250, 1, MAX_TOKENS, 0.4, 0.02),
+)
 DRAFT_DOMAINS = ("json",)
-DRAFT_PHASES = (Phase(900, 8, 160, 1.0, 0.2), Phase(60, 1, MAX_TOKENS, 0.2, 0.02))
+DRAFT_PHASES = (
+    Phase(600, 8, 160, 1.0, 0.6),
+    Phase(150, 3, 512, 0.6, 0.5),
+    Phase(250, 1, MAX_TOKENS, 0.5, 0.02),
+)
 WEIGHTS = Path(__file__).parents[1] / "weights"
 NEAR, FAR = slice(100, 160), slice(1500, 2000)
 
