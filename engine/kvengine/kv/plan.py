@@ -1,0 +1,92 @@
+"""How much of a device's memory becomes KV blocks. Pure arithmetic in bytes: no torch, no device.
+
+By default what remains after the weights, the buffers that stay and the worst step is KV: such an engine cannot
+run out of memory by itself. With `kv_fraction`, a share of the whole device, the operator decides, and may leave
+less than the worst step needs: `Plan.headroom_bytes` then says for how little there is room.
+"""
+
+from dataclasses import dataclass
+
+from kvengine.errors import ConfigError, StartError
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes that one step allocates and gives back, as a function of its size."""
+
+    token_bytes: int
+    logits_row_bytes: int
+    fixed_bytes: int
+
+    def step_bytes(self, tokens: int, logits_rows: int) -> int:
+        """For a step over `tokens` of which `logits_rows` go through the output layer."""
+        return self.fixed_bytes + tokens * self.token_bytes + logits_rows * self.logits_row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the device's memory is divided into. The last part is what steps, and neighbours, may use."""
+
+    memory_bytes: int
+    resident_bytes: int
+    block_size: int
+    block_bytes: int
+    blocks: int
+    worst_step_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.blocks * self.block_size
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Left between steps. Below `worst_step_bytes` the engine is oversubscribed."""
+        return self.memory_bytes - self.resident_bytes - self.kv_bytes
+
+    @property
+    def oversubscribed(self) -> bool:
+        return self.headroom_bytes < self.worst_step_bytes
+
+
+def plan(
+    *,
+    memory_bytes: int,
+    resident_bytes: int,
+    kv_bytes_per_token: int,
+    block_size: int,
+    worst_step_bytes: int,
+    kv_fraction: float | None = None,
+) -> Plan:
+    """Divide `memory_bytes`. `resident_bytes` are weights and buffers that stay. Raises ConfigError or StartError.
+
+    `kv_fraction` is a share of `memory_bytes`: 50 GB of KV on an 80 GB device is 0.625.
+    """
+    if kv_fraction is not None and not 0 < kv_fraction < 1:
+        raise ConfigError(f"kv_fraction={kv_fraction}: a share of device memory, above 0 and below 1")
+    block_bytes = kv_bytes_per_token * block_size
+    after_weights_bytes = memory_bytes - resident_bytes
+    if kv_fraction is None:
+        kv_bytes = after_weights_bytes - worst_step_bytes
+    else:
+        # Rounded, not floored: 0.625 of 80 GB is 50 GB, whatever the float says in its last digit.
+        kv_bytes = round(memory_bytes * kv_fraction)
+        if kv_bytes > after_weights_bytes:
+            raise ConfigError(
+                f"kv_fraction={kv_fraction}: {_mib(kv_bytes)} of KV and {_mib(resident_bytes)} of weights do not "
+                f"fit in {_mib(memory_bytes)} of device memory; lower the fraction or raise the memory"
+            )
+    blocks = kv_bytes // block_bytes
+    if blocks < 1:
+        raise StartError(
+            f"{_mib(memory_bytes)} of device memory: {_mib(resident_bytes)} of weights and {_mib(worst_step_bytes)} "
+            f"for the largest step leave no KV block of {_mib(block_bytes)}; raise the memory or lower the step's tokens"
+        )
+    return Plan(memory_bytes, resident_bytes, block_size, block_bytes, blocks, worst_step_bytes)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,76 @@
+"""Decode attention on a CPU: single queries of several sequences at a time, over gathered KV.
+
+Sequences are taken in groups whose gathered KV fits in a core's cache: gathering row by row into a reused buffer and
+reading it back at once is what makes pages nearly as fast as contiguous memory. Sequences of a group are padded to
+its longest; `grouped` ends a group before padding costs more than another call, so callers sort spans by context.
+A group costs two kernel calls and a copy a layer, however many sequences it holds.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvkernels.geometry import FLOAT_BYTES, GATHER_BYTES, Geometry, Span
+from kvkernels.scratch import Scratch
+
+_PADDING_LIMIT = 1.25
+"""A group's padded size over its real size: beyond it, calling again is cheaper than attending to padding."""
+
+
+def grouped(spans: Sequence[Span], geometry: Geometry) -> Iterator[list[Span]]:
+    """Split single-token spans of consecutive rows into groups to be gathered together."""
+    budget_blocks = GATHER_BYTES // (geometry.block_floats * FLOAT_BYTES)
+    group: list[Span] = []
+    widest = total = 0
+    for span in spans:
+        blocks = geometry.blocks_for(span.context)
+        width, size = max(widest, blocks), len(group) + 1
+        padded = width * size
+        if group and (padded > budget_blocks or padded > _PADDING_LIMIT * (total + blocks) + size):
+            yield group
+            group, widest, total, width = [], 0, 0, blocks
+        group.append(span)
+        widest, total = width, total + blocks
+    if group:
+        yield group
+
+
+class DecodeGroup:
+    """One group's views, made once a step and used in every layer."""
+
+    def __init__(
+        self, spans: Sequence[Span], geometry: Geometry, scratch: Scratch, query: Tensor, out: Tensor
+    ) -> None:
+        size, first = len(spans), spans[0].first_row
+        contexts = [span.context for span in spans]
+        longest = max(contexts)
+        width = geometry.blocks_for(longest)
+        # Padding repeats a block of the same sequence: finite numbers that the mask then hides.
+        table = [
+            [*span.blocks[: (n := geometry.blocks_for(span.context))], *[span.blocks[0]] * (width - n)]
+            for span in spans
+        ]
+        device = query.device
+        self._table = torch.tensor(table, device=device).view(-1)
+        self._gathered = scratch.gathered[: size * width * geometry.block_floats].view(size * width, -1)
+        kv_heads, group, dim = geometry.kv_heads, geometry.group, geometry.head_dim
+        strides = (width * geometry.block_floats, dim, geometry.token_floats, 1)
+        shape = (size, kv_heads, longest, dim)
+        self._keys = scratch.gathered.as_strided(shape, strides, 0)
+        self._values = scratch.gathered.as_strided(shape, strides, kv_heads * dim)
+        # Query heads that share a KV head become rows of one small matrix: KV is read once for all of them.
+        rows = query[first : first + size]
+        self._query = rows.view(size, kv_heads, group, dim)
+        self._out = out[first : first + size].view(size, kv_heads, group, dim)
+        self._mask: Tensor | None = None
+        if min(contexts) < longest:
+            hidden = scratch.columns[:longest] >= torch.tensor(contexts, device=device).unsqueeze(1)
+            mask = torch.zeros(size, longest, device=device).masked_fill_(hidden, float("-inf"))
+            self._mask = mask.view(size, 1, 1, longest)
+
+    def attend(self, blocks: Tensor) -> None:
+        """`blocks` is one layer's pool, a row a block."""
+        torch.index_select(blocks, 0, self._table, out=self._gathered)
+        self._out.copy_(scaled_dot_product_attention(self._query, self._keys, self._values, self._mask))

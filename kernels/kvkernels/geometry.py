@@ -1,0 +1,79 @@
+"""The shapes that paged attention works on. No torch.
+
+A pool holds one layer's KV as `[blocks, block_size, 2, kv_heads, head_dim]`: K and V of a token lie together, so
+that one gather of whole rows fetches both, and one indexed copy writes both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FLOAT_BYTES = 4
+
+GATHER_BYTES = 3 << 19
+"""Gathered KV is used at once: this much of it stays in a core's second-level cache."""
+
+TILE_ROWS = 128
+"""Queries of a long span are taken this many at a time, so that the causal mask stays small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Of one model's attention. `heads` is a multiple of `kv_heads`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def token_floats(self) -> int:
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def block_floats(self) -> int:
+        return self.block_size * self.token_floats
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+
+@dataclass(slots=True)
+class Span:
+    """`count` new tokens of one sequence, in rows `first_row` and on; `context` counts them and all before them."""
+
+    first_row: int
+    count: int
+    context: int
+    blocks: Sequence[int]
+
+    @property
+    def start(self) -> int:
+        """Position of the first new token."""
+        return self.context - self.count
+
+    def slots(self, block_size: int) -> list[int]:
+        """Where in a pool the new tokens' KV lies, counted in tokens."""
+        blocks, start = self.blocks, self.context - self.count
+        if self.count == 1:
+            block, offset = divmod(start, block_size)
+            return [blocks[block] * block_size + offset]
+        return [
+            blocks[position // block_size] * block_size + position % block_size
+            for position in range(start, self.context)
+        ]
+
+
+def scratch_floats(geometry: Geometry, max_context: int) -> int:
+    """Room for the gathered KV of the longest sequence, or of a group of short ones."""
+    longest = geometry.blocks_for(max_context) * geometry.block_floats
+    return max(longest, GATHER_BYTES // FLOAT_BYTES)
+
+
+def mask_floats(max_context: int) -> int:
+    """The causal mask of one tile at any offset; see `scratch.Scratch`."""
+    return TILE_ROWS * (max_context + TILE_ROWS)

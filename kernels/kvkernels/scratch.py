@@ -1,0 +1,41 @@
+"""Buffers that paged attention reuses from step to step and layer to layer. One owner, one step at a time.
+
+Fresh memory for gathered KV costs more than the gather itself (each page of it faults), so it is made once.
+"""
+
+import torch
+from torch import Tensor
+
+from kvkernels.geometry import FLOAT_BYTES, TILE_ROWS, Geometry, mask_floats, scratch_floats
+
+
+class Scratch:
+    """`gathered` takes KV rows of any geometry that fits; `causal(start, rows)` is a view, never a computation."""
+
+    def __init__(self, floats: int, max_context: int, device: torch.device) -> None:
+        self.gathered = torch.zeros(floats, device=device)
+        self.max_context = max_context
+        # Row i sees column j when j - max_context <= i. A tile whose first query sits at position p reads the columns
+        # from max_context - p on: the same numbers serve every offset.
+        columns = torch.arange(max_context + TILE_ROWS, device=device) - max_context
+        rows = torch.arange(TILE_ROWS, device=device).unsqueeze(1)
+        self._mask = torch.zeros(TILE_ROWS, max_context + TILE_ROWS, device=device)
+        self._mask.masked_fill_(columns > rows, float("-inf"))
+        self.columns = torch.arange(max_context, device=device)
+
+    @classmethod
+    def for_geometries(cls, geometries: list[Geometry], max_context: int, device: torch.device) -> "Scratch":
+        """Large enough for each of several models that run one after the other."""
+        floats = max(scratch_floats(geometry, max_context) for geometry in geometries)
+        return cls(floats, max_context, device)
+
+    @staticmethod
+    def size_bytes(geometries: list[Geometry], max_context: int) -> int:
+        """What `for_geometries` allocates."""
+        gathered = max(scratch_floats(geometry, max_context) for geometry in geometries)
+        return (gathered + mask_floats(max_context)) * FLOAT_BYTES + max_context * 8
+
+    def causal(self, start: int, rows: int) -> Tensor:
+        """Additive mask [1, 1, rows, start + rows] for queries at `start` and on. At most TILE_ROWS rows."""
+        first = self.max_context - start
+        return self._mask[:rows, first : first + start + rows].view(1, 1, rows, start + rows)

@@ -1,0 +1,51 @@
+"""Attention of a span of several tokens (a prefill chunk, drafts to verify) over its sequence's pages.
+
+The sequence's KV is gathered once a layer; queries go through it in tiles of TILE_ROWS, each up to its own last
+position. So the mask is small and the upper triangle is mostly not computed. The same code serves any device.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvkernels.geometry import TILE_ROWS, Geometry, Span
+from kvkernels.scratch import Scratch
+
+
+class TiledSpan:
+    """One span's views, made once a step and used in every layer."""
+
+    def __init__(self, span: Span, geometry: Geometry, scratch: Scratch, query: Tensor, out: Tensor) -> None:
+        used = geometry.blocks_for(span.context)
+        self._table = torch.tensor(span.blocks[:used], device=query.device)
+        self._gathered = scratch.gathered[: used * geometry.block_floats].view(used, -1)
+        kv_heads, group, dim = geometry.kv_heads, geometry.group, geometry.head_dim
+        # KV heads become the batch and their query heads its heads, with stride 0 over the shared K and V.
+        shape, strides = (kv_heads, group, span.context, dim), (dim, 0, geometry.token_floats, 1)
+        keys = scratch.gathered.as_strided(shape, strides, 0)
+        values = scratch.gathered.as_strided(shape, strides, kv_heads * dim)
+        self._tiles: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+        for at in range(0, span.count, TILE_ROWS):
+            rows = min(TILE_ROWS, span.count - at)
+            first, seen = span.first_row + at, span.start + at + rows
+            self._tiles.append(
+                (
+                    _by_kv_head(query[first : first + rows], kv_heads),
+                    keys[:, :, :seen],
+                    values[:, :, :seen],
+                    scratch.causal(seen - rows, rows),
+                    _by_kv_head(out[first : first + rows], kv_heads),
+                )
+            )
+
+    def attend(self, blocks: Tensor) -> None:
+        """`blocks` is one layer's pool, a row a block."""
+        torch.index_select(blocks, 0, self._table, out=self._gathered)
+        for query, keys, values, mask, out in self._tiles:
+            out.copy_(scaled_dot_product_attention(query, keys, values, mask))
+
+
+def _by_kv_head(rows: Tensor, kv_heads: int) -> Tensor:
+    """[rows, heads, dim] as [kv_heads, heads // kv_heads, rows, dim]."""
+    count, heads, dim = rows.shape
+    return rows.view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
