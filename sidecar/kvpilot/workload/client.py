@@ -113,11 +113,11 @@ class Clients:
             async with asyncio.timeout(patience.answer_s):
                 while True:
                     attempts += 1
-                    sent_ns = self._clock.monotonic_ns()
                     last = await self._attempt(arrival, http)
                     if not self._try_again(last, attempts, began_ns, patience):
                         break
-                    await self._clock.sleep_until(self._clock.monotonic_ns() + round(last.retry_after_s * NS))
+                    sent_ns = self._clock.monotonic_ns() + round(last.retry_after_s * NS)
+                    await self._clock.sleep_until(sent_ns)
             fate = _fate(arrival, last)
         except TimeoutError:
             fate, last = Fate.ABANDONED, _Attempt(error="the client lost patience")
