@@ -60,6 +60,7 @@ _FIELDS = (
     Field("device_reserved_bytes", "u64", "bytes", "Device memory the engine's allocator holds."),
     Field("device_allocated_bytes", "u64", "bytes", "Device memory in live tensors, between steps."),
     Field("controls_sequence", "u64", "-", "Sequence of the controls page in force; 0 before the first."),
+    Field("controls_ignored_total", "u64", "leases", "Leases ignored: unreadable, for another engine, not finite, unknown."),
     Field("demand_step", "u64", "steps", "Value of steps_total when the demand fields were last computed."),
     *(
         Field(f"demand_{horizon}_{q}_blocks", "f64", "blocks", f"Blocks running requests will hold in {horizon} steps, {q}.")
@@ -69,6 +70,9 @@ _FIELDS = (
 )  # fmt: skip
 
 STEP_FIELDS: dict[str, Field] = {field.name: field for field in _FIELDS}
+
+HOOK_FIELDS = ("controls_sequence", "controls_ignored_total")
+"""Fields that the step hook fills by itself, as it does the knob echoes; an engine never passes them."""
 
 KNOB_PREFIX = "knob."
 """`knob.<name>` (f64) is the value of a knob in force during the step; one field for each knob of the manifest."""

@@ -1,0 +1,139 @@
+"""Fixed records that say by themselves whether they are whole.
+
+A record is its own sequence number, a body, and a CRC-32 over both, all in 8-byte words:
+
+    u64 sequence | body | u64 crc32(sequence, body)
+
+A reader believes a record only if the CRC holds and the sequence is the one it looked for. So neither store order
+nor a writer killed half-way can make it believe a mixture. Sequence 0 is "never written" or "being written".
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kvpilot.link.fields import Field
+
+_WORD = 8
+
+
+class Frame:
+    """Layout of one kind of record; `body` is a struct format (standard sizes, a multiple of 8 bytes)."""
+
+    __slots__ = ("_covered", "_struct", "body_struct", "size", "words")
+
+    def __init__(self, body: str) -> None:
+        self._struct = struct.Struct("<Q" + body)
+        if self._struct.size % _WORD:
+            raise ValueError(f"body={body}: {self._struct.size} bytes are no multiple of {_WORD}")
+        self._covered = self._struct.size
+        self.size = self._covered + _WORD
+        self.words = self.size // _WORD
+
+    def pack(self, sequence: int, *values: Any) -> bytes:
+        """The whole record."""
+        covered = self._struct.pack(sequence, *values)
+        return covered + zlib.crc32(covered).to_bytes(_WORD, "little")
+
+    def unpack(self, data: bytes | memoryview, offset: int = 0) -> tuple[Any, ...] | None:
+        """`(sequence, *values)`, or None where the record at `offset` is short, torn or was never written."""
+        end = offset + self._covered
+        if offset < 0 or len(data) < end + _WORD:
+            return None
+        if zlib.crc32(data[offset:end]) != int.from_bytes(data[end : end + _WORD], "little"):
+            return None
+        record = self._struct.unpack_from(data, offset)
+        return record if record[0] else None
+
+
+class FrameWriter:
+    """Writes records of one Frame into a page of words, without allocating.
+
+    The sequence word goes to 0 first and gets its value last, each as one native 8-byte store; what decides is
+    still the CRC.
+    """
+
+    __slots__ = ("_covered", "_frame_words", "_pack_into", "_scratch", "_scratch_words", "_tail", "_words")
+
+    def __init__(self, frame: Frame, words: memoryview) -> None:
+        self._words = words
+        self._frame_words = frame.words
+        self._pack_into = frame._struct.pack_into
+        self._scratch = bytearray(frame.size)
+        view = memoryview(self._scratch)
+        self._covered = view[: frame._covered]
+        self._scratch_words = view.cast("Q")
+        self._tail = self._scratch_words[1:]
+
+    def write(self, word: int, sequence: int, *values: Any) -> None:
+        """Write the record whose first word has index `word`. Raises struct.error for values that do not fit."""
+        self._pack_into(self._scratch, 0, sequence, *values)
+        self._scratch_words[-1] = zlib.crc32(self._covered)
+        words = self._words
+        words[word] = 0
+        words[word + 1 : word + self._frame_words] = self._tail
+        words[word] = sequence
+
+
+class StepLayout:
+    """The step record of one manifest: 8 bytes a field, in the manifest's order."""
+
+    __slots__ = ("frame", "index", "names")
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self.names = tuple(field.name for field in fields)
+        self.index = {name: position for position, name in enumerate(self.names)}
+        if len(self.index) != len(self.names):
+            twice = sorted({name for name in self.names if self.names.count(name) > 1})
+            raise ValueError(f"fields {', '.join(twice)}: each field at most once")
+        self.frame = Frame("".join("Q" if field.type == "u64" else "d" for field in fields))
+
+    @property
+    def size(self) -> int:
+        """Bytes of one record."""
+        return self.frame.size
+
+    def pack(self, sequence: int, values: Sequence[float]) -> bytes:
+        """One whole record."""
+        return self.frame.pack(sequence, *values)
+
+    def unpack(self, data: bytes | memoryview, offset: int = 0) -> "StepRecord | None":
+        """The record at `offset`, or None where it is short, torn or was never written."""
+        record = self.frame.unpack(data, offset)
+        return None if record is None else StepRecord(record[0], record[1:], self.index)
+
+
+class StepRecord:
+    """One step as the engine told it, by field name. A field that the engine lacks is absent, never 0."""
+
+    __slots__ = ("_index", "_values", "sequence")
+
+    def __init__(self, sequence: int, values: tuple[float, ...], index: dict[str, int]) -> None:
+        self.sequence = sequence
+        self._values = values
+        self._index = index
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[self._index[name]]
+
+    def get(self, name: str) -> float | None:
+        """The field's value, or None where this engine has no such field."""
+        position = self._index.get(name)
+        return None if position is None else self._values[position]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def keys(self) -> Sequence[str]:
+        """Field names in record order, so that `dict(record)` works."""
+        return tuple(self._index)
+
+    def __repr__(self) -> str:
+        return f"StepRecord({self.sequence}, {dict(zip(self._index, self._values, strict=True))})"

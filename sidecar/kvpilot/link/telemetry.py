@@ -1,0 +1,310 @@
+"""The telemetry page: header, manifest, step ring, histograms, classes, tenants.
+
+    header | manifest JSON | ring: u64 head, records | histograms | class rows | tenant rows
+
+The writer works on any writable buffer of the right size, the reader on any pread-like callable, so that tests and
+virtual time leave files out. The reader never maps the page: a mapped file that its owner truncates kills whoever
+maps it. Writing a step is O(fields); a poll is O(new records), at most `limit`.
+"""
+
+import struct
+import threading
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvpilot.link.histogram import (
+    HISTOGRAM_WORDS,
+    ONE,
+    PER_CLASS,
+    HistogramSnapshot,
+    HistogramWriter,
+    read_histogram,
+)
+from kvpilot.link.manifest import MANIFEST_MAX_BYTES, Manifest, ManifestError
+from kvpilot.link.page import HEADER_BYTES, Identity, LinkError, PageHeader
+from kvpilot.link.records import Frame, FrameWriter, StepLayout, StepRecord
+
+RING_RECORDS = 16_384
+PAGE_MAX_BYTES = 16 << 20
+MAX_CLASSES = 8
+MAX_TENANTS = 64
+POLL_RECORDS = 1_024
+TENANT_NAME_BYTES = 40
+
+_WORD = 8
+_LINE = 64
+_HEAD_BYTES = _LINE
+_CLASS_FRAME = Frame("QQ")
+_TENANT_FRAME = Frame(f"{TENANT_NAME_BYTES}sQQQQQ")
+_U64 = struct.Struct("<Q")
+
+ReadAt = Callable[[int, int], bytes]
+
+
+class ClassRow(NamedTuple):
+    """One class's queue."""
+
+    name: str
+    waiting: int
+    waiting_prompt_tokens: int
+
+
+class TenantRow(NamedTuple):
+    """What one tenant holds. `block_ns_total` is KV blocks times nanoseconds held, since the engine started."""
+
+    name: str
+    running: int
+    waiting: int
+    kv_blocks: int
+    block_ns_total: int
+    tokens_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryPlan:
+    """Where everything lies in a page, in bytes."""
+
+    layout: StepLayout
+    record_count: int
+    ring: int
+    histograms: int
+    classes: int
+    tenants: int
+    page_bytes: int
+
+
+def plan_page(manifest: Manifest, record_count: int = RING_RECORDS) -> TelemetryPlan:
+    """Plan the page of `manifest`. Raises LinkError where it cannot be held in PAGE_MAX_BYTES."""
+    if len(manifest.classes) > MAX_CLASSES:
+        raise LinkError(f"{len(manifest.classes)} classes: the link holds at most {MAX_CLASSES}")
+    layout = StepLayout(manifest.fields)
+    ring = HEADER_BYTES + MANIFEST_MAX_BYTES
+    histograms = _aligned(ring + _HEAD_BYTES + record_count * layout.size)
+    classes = histograms + (MAX_CLASSES * len(PER_CLASS) + 1) * HISTOGRAM_WORDS * _WORD
+    tenants = _aligned(classes + MAX_CLASSES * _CLASS_FRAME.size)
+    end = _aligned(tenants + MAX_TENANTS * _TENANT_FRAME.size)
+    if end > PAGE_MAX_BYTES:
+        raise LinkError(f"{len(layout.names)} fields need {end} bytes: a page holds at most {PAGE_MAX_BYTES}")
+    return TelemetryPlan(layout, record_count, ring, histograms, classes, tenants, end)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _LINE) * _LINE
+
+
+def _histogram_index(name: str, class_index: int) -> int:
+    return MAX_CLASSES * len(PER_CLASS) if name == ONE else PER_CLASS.index(name) * MAX_CLASSES + class_index
+
+
+class TelemetryWriter:
+    """Writes one page, from one thread. `buffer` is writable, zeroed and `plan_page(manifest).page_bytes` long."""
+
+    def __init__(
+        self,
+        buffer: "bytearray | memoryview | object",
+        manifest: Manifest,
+        *,
+        nonce: int,
+        identity: Identity,
+        record_count: int = RING_RECORDS,
+    ) -> None:
+        plan = plan_page(manifest, record_count)
+        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        if len(view) != plan.page_bytes:
+            raise LinkError(f"telemetry buffer of {len(view)} bytes: {plan.page_bytes} needed")
+        self.nonce = nonce
+        self._words = view.cast("Q")
+        self._plan = plan
+        self._sequence = 0
+        self._head = plan.ring // _WORD
+        self._first_record = (plan.ring + _HEAD_BYTES) // _WORD
+        self._steps = FrameWriter(plan.layout.frame, self._words)
+        self._record_words = plan.layout.frame.words
+        self._classes = FrameWriter(_CLASS_FRAME, self._words)
+        self._class_sequences = [0] * MAX_CLASSES
+        self._tenants = FrameWriter(_TENANT_FRAME, self._words)
+        self._tenant_rows: dict[str, int] = {}
+        self._tenant_idle: dict[str, bool] = {}
+        self._tenant_sequences = [0] * MAX_TENANTS
+        self._histograms = {
+            (name, level): HistogramWriter(self._words, self._histogram_word(name, level))
+            for name in PER_CLASS
+            for level in range(MAX_CLASSES)
+        }
+        self._step_histogram = HistogramWriter(self._words, self._histogram_word(ONE, 0))
+        self._thread = 0
+        body = manifest.to_json()
+        view[HEADER_BYTES : HEADER_BYTES + len(body)] = body
+        sections = (plan.ring, plan.histograms, plan.classes, plan.tenants)
+        header = PageHeader(
+            "telemetry",
+            plan.page_bytes,
+            nonce,
+            identity,
+            len(body),
+            zlib.crc32(body),
+            plan.layout.size,
+            record_count,
+            sections,
+        )
+        view[:HEADER_BYTES] = header.pack()
+
+    def _histogram_word(self, name: str, level: int) -> int:
+        return self._plan.histograms // _WORD + _histogram_index(name, level) * HISTOGRAM_WORDS
+
+    def histogram(self, name: str, class_index: int = 0) -> HistogramWriter:
+        """The writer of one histogram. Raises KeyError for a name or class that does not exist."""
+        return self._step_histogram if name == ONE else self._histograms[name, class_index]
+
+    def write_step(self, *values: float) -> int:
+        """Write the next record: the manifest's fields in order. Returns its sequence, which starts at 1."""
+        if self._thread != threading.get_ident():
+            self._bind_thread()
+        sequence = self._sequence + 1
+        slot = (sequence - 1) % self._plan.record_count
+        self._steps.write(self._first_record + slot * self._record_words, sequence, *values)
+        # The head is a hint where to look; the record itself says whether it is there.
+        self._words[self._head] = sequence
+        self._sequence = sequence
+        return sequence
+
+    def set_class(self, class_index: int, waiting: int, waiting_prompt_tokens: int) -> None:
+        """Replace one class's row."""
+        self._bind_thread()
+        self._class_sequences[class_index] += 1
+        word = self._plan.classes // _WORD + class_index * _CLASS_FRAME.words
+        self._classes.write(word, self._class_sequences[class_index], waiting, waiting_prompt_tokens)
+
+    def set_tenant(self, row: TenantRow) -> bool:
+        """Replace one tenant's row. False where the table is full of tenants that are busy."""
+        self._bind_thread()
+        slot = self._tenant_slot(row.name)
+        if slot is None:
+            return False
+        self._tenant_idle[row.name] = not (row.running or row.waiting or row.kv_blocks)
+        self._tenant_sequences[slot] += 1
+        word = self._plan.tenants // _WORD + slot * _TENANT_FRAME.words
+        name = row.name.encode()[:TENANT_NAME_BYTES]
+        self._tenants.write(word, self._tenant_sequences[slot], name, *row[1:])
+        return True
+
+    def _tenant_slot(self, name: str) -> int | None:
+        """The tenant's row: its own, a free one, or that of one which holds nothing."""
+        slot = self._tenant_rows.get(name)
+        if slot is None and len(self._tenant_rows) < MAX_TENANTS:
+            slot = len(self._tenant_rows)
+        elif slot is None:
+            idle = next((other for other, is_idle in self._tenant_idle.items() if is_idle), None)
+            if idle is None:
+                return None
+            slot = self._tenant_rows.pop(idle)
+            del self._tenant_idle[idle]
+        self._tenant_rows[name] = slot
+        return slot
+
+    def _bind_thread(self) -> None:
+        """One writer thread: the first one to write; a second is a bug that would tear records."""
+        me = threading.get_ident()
+        if self._thread not in (0, me):
+            raise RuntimeError(f"telemetry is written by thread {self._thread}, not by {me}")
+        self._thread = me
+
+
+class TelemetryReader:
+    """Reads one page. Raises LinkError at once for a page of another kind or version, or a damaged one."""
+
+    def __init__(self, read_at: ReadAt) -> None:
+        self._read_at = read_at
+        header = PageHeader.unpack(read_at(0, HEADER_BYTES), "telemetry")
+        body = read_at(HEADER_BYTES, min(header.body_bytes, MANIFEST_MAX_BYTES))
+        if zlib.crc32(body) != header.body_crc:
+            raise LinkError("damaged manifest in a kvpilot telemetry page")
+        try:
+            self.manifest = Manifest.from_json(body)
+            self._layout = StepLayout(self.manifest.fields)
+        except (ManifestError, ValueError) as error:
+            raise LinkError(f"telemetry page: {error}") from error
+        if header.record_bytes != self._layout.size or not header.record_count:
+            raise LinkError("damaged kvpilot telemetry page: the manifest's fields do not fit its records")
+        self.nonce = header.nonce
+        self.identity = header.identity
+        self.start_wall_ns = header.identity.start_wall_ns
+        self._count = header.record_count
+        self._ring, self._histograms, self._classes, self._tenants = header.sections[:4]
+        self._last = 0
+        self.skipped = 0
+        """Records that were overwritten, torn or beyond `limit` before they could be read."""
+
+    def poll(self, limit: int = POLL_RECORDS) -> list[StepRecord]:
+        """Whole records newer than the last poll's, oldest first: the newest `limit` of them at most."""
+        raw = self._read_at(self._ring, _WORD)
+        head = _U64.unpack(raw)[0] if len(raw) == _WORD else 0
+        if head <= self._last:
+            return []
+        first = max(self._last + 1, head - min(limit, self._count) + 1)
+        records = self._read_records(first, head)
+        if not records or records[-1].sequence != head:
+            # Being written or lapped at that very moment; a second look settles it, else the next poll.
+            records += self._read_records(head, head)
+        if records:
+            self.skipped += records[-1].sequence - self._last - len(records)
+            self._last = records[-1].sequence
+        return records
+
+    def _read_records(self, first: int, last: int) -> list[StepRecord]:
+        """Whole records of sequences first..last; the ring's end makes it two reads at most."""
+        records = []
+        size = self._layout.size
+        while first <= last:
+            slot = (first - 1) % self._count
+            run = min(last - first + 1, self._count - slot)
+            chunk = memoryview(self._read_at(self._ring + _HEAD_BYTES + slot * size, run * size))
+            for i in range(run):
+                record = self._layout.unpack(chunk, i * size)
+                if record is not None and record.sequence == first + i:
+                    records.append(record)
+            first += run
+        return records
+
+    def histogram(self, name: str, class_index: int | None = None) -> HistogramSnapshot | None:
+        """Cumulative reading of `itl`, `ttft`, `queue_wait` or `step`; without a class: all classes together."""
+        if name != ONE and name not in PER_CLASS:
+            return None
+        if name != ONE and class_index is None:
+            total = self.histogram(name, 0)
+            for level in range(1, len(self.manifest.classes)):
+                snapshot = self.histogram(name, level)
+                total = total.plus(snapshot) if total and snapshot else None
+            return total
+        if not 0 <= (class_index or 0) < MAX_CLASSES:
+            return None
+        index = _histogram_index(name, class_index or 0)
+        return read_histogram(self._read_at, self._histograms + index * HISTOGRAM_WORDS * _WORD)
+
+    def classes(self) -> tuple[ClassRow, ...]:
+        """Rows that the engine fills, lowest class first."""
+        rows = []
+        for level, name in enumerate(self.manifest.classes[:MAX_CLASSES]):
+            row = self._row(_CLASS_FRAME, self._classes, level)
+            if row is not None:
+                rows.append(ClassRow(name, row[1], row[2]))
+        return tuple(rows)
+
+    def tenants(self) -> tuple[TenantRow, ...]:
+        """Rows that the engine fills, in the order in which tenants were first seen."""
+        rows = []
+        for slot in range(MAX_TENANTS):
+            row = self._row(_TENANT_FRAME, self._tenants, slot)
+            if row is not None:
+                name = row[1].rstrip(b"\0").decode(errors="replace")
+                rows.append(TenantRow(name, *row[2:]))
+        return tuple(rows)
+
+    def _row(self, frame: Frame, section: int, index: int) -> tuple[int, ...] | None:
+        for _ in range(3):
+            row = frame.unpack(self._read_at(section + index * frame.size, frame.size))
+            if row is not None:
+                return row
+        return None
