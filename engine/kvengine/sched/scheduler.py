@@ -53,6 +53,8 @@ class Scheduler:
         """Whether, in the latest step, want of KV blocks held a request up or sent one back."""
         self.budget_limited = False
         """Whether the latest step used up its token budget."""
+        self.admitted: list[Request] = []
+        """Admitted for the first time in the latest step."""
         self._steps = 0
         self._admissions = 0
         self._budget_left = 0
@@ -73,6 +75,7 @@ class Scheduler:
         """The next step's work; empty only if there are no requests."""
         self._steps += 1
         self.kv_limited = False
+        self.admitted = []
         self._slices = []
         self._budget_left = knobs.step_token_budget
         self._prefill_left = knobs.prefill_chunk_tokens
@@ -172,8 +175,9 @@ class Scheduler:
     def _start(self, request: Request, now_ns: int) -> None:
         self._admissions += 1
         request.admission = self._admissions
-        if request.first_scheduled_ns == 0:
+        if request.preemptions == 0:
             request.first_scheduled_ns = now_ns
+            self.admitted.append(request)
         insort(self.running, request, key=_rank)
         self._serve_chunk(request)
 

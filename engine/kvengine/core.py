@@ -1,0 +1,179 @@
+"""The engine core: one step of continuous batching, from arrivals to emitted tokens.
+
+A request's life: accepted (or refused at the door) → waiting → running: its prompt in chunks, then a token or
+more a step → ended, in exactly one of the ways that `Totals` counts. Preemption sends it back to waiting and
+loses no token.
+
+Nothing here knows processes, sockets or torch: an executor computes, a clock tells the time, and the caller
+sends what `Step` holds wherever it should go. O(slices of the step).
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvpilot.clock import Clock
+from kvpilot.inside.lengths import LengthPredictor
+
+from kvengine.errors import DeviceOutOfMemory
+from kvengine.request import Request
+from kvengine.sched.admission import Limits, refusal
+from kvengine.sched.batch import Batch, Slice, SliceResult
+from kvengine.sched.scheduler import Knobs, Scheduler
+from kvengine.totals import Totals
+
+log = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """Whatever computes a batch."""
+
+    def execute(self, batch: Batch) -> list[SliceResult]:
+        """One result a slice, in order. Raises DeviceOutOfMemory with the requests as they were."""
+        ...
+
+
+@dataclass(slots=True)
+class Emission:
+    """Tokens of one request that one step brought out."""
+
+    request: Request
+    tokens: list[int]
+    since_ns: int
+    """Time since its previous emission; for its first, since it arrived."""
+    first: bool
+    finish: str | None
+    """`stop` or `length` with its last token."""
+
+
+@dataclass(slots=True)
+class Failure:
+    """A request that ended in an error; `status` is the HTTP one."""
+
+    request: Request
+    status: int
+    message: str
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step did."""
+
+    batch: Batch
+    started_ns: int
+    ended_ns: int
+    emissions: list[Emission]
+    failures: list[Failure]
+
+
+class Core:
+    """All requests of one engine and the step that moves them on."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        limits: Limits,
+        eos: frozenset[int],
+        lengths: LengthPredictor,
+        clock: Clock,
+    ) -> None:
+        self.scheduler = scheduler
+        self.totals = Totals()
+        self.requests: dict[int, Request] = {}
+        """Waiting or running, by id."""
+        self._executor = executor
+        self._limits = limits
+        self._eos = eos
+        self._lengths = lengths
+        self._clock = clock
+
+    def accept(self, request: Request) -> str | None:
+        """Queue a request, or say in one line why it can never be served."""
+        self.totals.arrivals += 1
+        reason = refusal(len(request.prompt), request.sampling.max_tokens, self._limits)
+        if reason is not None:
+            self.totals.rejected += 1
+            return reason
+        self.requests[request.id] = request
+        self.scheduler.add(request)
+        return None
+
+    def cancel(self, request_id: int) -> None:
+        """Its client went away. Nothing happens if it has ended already: the two crossed."""
+        if request_id in self.requests:
+            self.totals.cancelled += 1
+            self._forget(self.requests[request_id])
+
+    def stop(self, request_id: int) -> None:
+        """Its text reached a stop string: it finished. Nothing happens if it has ended already."""
+        if request_id in self.requests:
+            self._finish(self.requests[request_id])
+
+    def step(self, knobs: Knobs) -> Step:
+        """Schedule, execute, commit. Never raises for what an executor does; its requests fail."""
+        started_ns = self._clock.monotonic_ns()
+        batch = self.scheduler.schedule(knobs, started_ns)
+        self.totals.steps += 1
+        self.totals.kv_limited_steps += self.scheduler.kv_limited
+        self.totals.budget_limited_steps += self.scheduler.budget_limited
+        step = Step(batch, started_ns, started_ns, [], [])
+        try:
+            results = self._executor.execute(batch) if batch.slices else []
+        except DeviceOutOfMemory as error:
+            self.totals.oom += 1
+            self._fail(step, 503, f"The engine ran out of device memory computing this request: {error}")
+        except Exception as error:
+            log.exception("step %d failed; its %d requests fail", self.totals.steps, len(batch.slices))
+            self._fail(step, 500, f"The engine failed computing this request: {type(error).__name__}")
+        else:
+            step.ended_ns = self._clock.monotonic_ns()
+            self.totals.add_batch(batch)
+            for item, result in zip(batch.slices, results, strict=True):
+                self._commit(step, item, result)
+        return step
+
+    def _commit(self, step: Step, item: Slice, result: SliceResult) -> None:
+        request = item.request
+        if result.drafted:
+            self.totals.add_round(result)
+        if request.recompute_until > item.start:
+            again = min(request.recompute_until, item.start + item.count) - item.start
+            self.totals.recomputed_tokens += again
+        request.computed += item.count + result.accepted
+        if not item.samples:
+            return
+        tokens, finish = self._cut(request, result.tokens)
+        request.tokens += tokens
+        self.totals.decode_tokens += len(tokens)
+        first = request.last_emitted_ns == 0
+        since_ns = step.ended_ns - (request.arrived_ns if first else request.last_emitted_ns)
+        request.last_emitted_ns = step.ended_ns
+        step.emissions.append(Emission(request, tokens, since_ns, first, finish))
+        if finish is not None:
+            self._finish(request)
+
+    def _cut(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None]:
+        """Speculation may run past the end: drop what comes after the end token or after the last one."""
+        if not request.sampling.ignore_eos and not self._eos.isdisjoint(tokens):
+            end = next(index for index, token in enumerate(tokens) if token in self._eos) + 1
+            if end <= request.output_left:
+                return tokens[:end], "stop"
+        left = request.output_left
+        return (tokens[:left], "length") if len(tokens) >= left else (tokens, None)
+
+    def _fail(self, step: Step, status: int, message: str) -> None:
+        step.ended_ns = self._clock.monotonic_ns()
+        for item in step.batch.slices:
+            self.totals.failed += 1
+            self._forget(item.request)
+            step.failures.append(Failure(item.request, status, message))
+
+    def _finish(self, request: Request) -> None:
+        self.totals.finished += 1
+        self._lengths.observe(request.output_count)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        del self.requests[request.id]
+        self.scheduler.remove(request)
