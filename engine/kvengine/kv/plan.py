@@ -16,11 +16,17 @@ class StepMemory:
 
     token_bytes: int
     logits_row_bytes: int
+    drawn_row_bytes: int
     fixed_bytes: int
 
-    def step_bytes(self, tokens: int, logits_rows: int) -> int:
-        """For a step over `tokens` of which `logits_rows` go through the output layer."""
-        return self.fixed_bytes + tokens * self.token_bytes + logits_rows * self.logits_row_bytes
+    def step_bytes(self, tokens: int, logits_rows: int, drawn_rows: int) -> int:
+        """For a step over `tokens`: `logits_rows` go through the output layer, `drawn_rows` are sampled from."""
+        return (
+            self.fixed_bytes
+            + tokens * self.token_bytes
+            + logits_rows * self.logits_row_bytes
+            + drawn_rows * self.drawn_row_bytes
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ class ModelConfig:
         return StepMemory(
             token_bytes=token_floats * FLOAT_BYTES + indices * INDEX_BYTES,
             logits_row_bytes=row_floats * FLOAT_BYTES + INDEX_BYTES,
+            drawn_row_bytes=8 * self.vocab_size * FLOAT_BYTES,
             fixed_bytes=0,
         )
 

@@ -45,9 +45,8 @@ class Llama:
         self.config = config
         self._weights = weights
         self._device = weights.embedding.device
-        self._rotations = rotations(config, min(max_tokens or config.max_positions, config.max_positions)).to(
-            self._device
-        )
+        self.max_tokens = min(max_tokens or config.max_positions, config.max_positions)
+        self._rotations = rotations(config, self.max_tokens).to(self._device)
         self._epsilon = torch.full((1, 1), config.norm_eps, device=self._device)
 
     def geometry(self, block_size: int) -> Geometry:

@@ -1,0 +1,84 @@
+"""From a step's logits to the tokens each sequence emits: sampled, or drafts judged and one token more.
+
+Greedy batches take the largest logit and build no distribution. Otherwise each request's own generator provides
+the uniforms, as many as it would need in any other batch. O(rows x vocabulary).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvengine.model.sampling import GREEDY_BELOW, probs, sample
+from kvengine.request import Request
+from kvengine.spec.draft import Proposal
+from kvengine.spec.verify import verify
+
+
+def greedy(requests: Sequence[Request]) -> bool:
+    """Whether each of them just takes its largest logit."""
+    return all(request.sampling.temperature < GREEDY_BELOW for request in requests)
+
+
+def sampling_rows(requests: Sequence[Request], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Temperature and top_p of each request."""
+    settings = [(request.sampling.temperature, request.sampling.top_p) for request in requests]
+    return torch.tensor(settings, device=device).unbind(1)
+
+
+def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """One token a request from its row of `logits`."""
+    if greedy(requests):
+        return logits.argmax(-1).tolist()
+    uniforms = torch.tensor([request.rng.random() for request in requests], dtype=torch.float64)
+    distribution = probs(logits, *sampling_rows(requests, logits.device))
+    return sample(distribution, uniforms.to(logits.device)).tolist()
+
+
+def judged(logits: Tensor, requests: Sequence[Request], proposal: Proposal) -> list[list[int]]:
+    """The accepted drafts of each request and the token after them; `logits` has count + 1 rows for each."""
+    counts, drafts = proposal.counts, proposal.tokens.tolist()
+    if not any(counts):
+        return [[token] for token in next_tokens(logits, requests)]
+    if proposal.probs is None:
+        return _judged_greedy(logits.argmax(-1).tolist(), counts, drafts)
+    rows, width, first = [], max(counts) + 1, 0
+    for count in counts:
+        rows.append([first + min(i, count) for i in range(width)])
+        first += count + 1
+    temperature, top_p = sampling_rows(requests, logits.device)
+    repeats = torch.tensor([count + 1 for count in counts], device=logits.device)
+    distribution = probs(logits, temperature.repeat_interleave(repeats), top_p.repeat_interleave(repeats))
+    uniforms = torch.tensor(
+        [_uniforms(request, count, width) for request, count in zip(requests, counts, strict=True)],
+        dtype=torch.float64,
+        device=logits.device,
+    )
+    accepted, following = verify(
+        distribution[torch.tensor(rows, device=logits.device)],
+        proposal.probs,
+        proposal.tokens,
+        torch.tensor(counts, device=logits.device),
+        uniforms,
+    )
+    return [
+        [*draft[:stood], token]
+        for draft, stood, token in zip(drafts, accepted.tolist(), following.tolist(), strict=True)
+    ]
+
+
+def _judged_greedy(choices: list[int], counts: list[int], drafts: list[list[int]]) -> list[list[int]]:
+    emitted, first = [], 0
+    for count, draft in zip(counts, drafts, strict=True):
+        stood = 0
+        while stood < count and draft[stood] == choices[first + stood]:
+            stood += 1
+        emitted.append(choices[first : first + stood + 1])
+        first += count + 1
+    return emitted
+
+
+def _uniforms(request: Request, count: int, width: int) -> list[float]:
+    """`count` draws for the acceptances, padding that is never looked at, one for the token after them."""
+    draw = request.rng.random
+    return [*(draw() for _ in range(count)), *[0.0] * (width - 1 - count), draw()]

@@ -1,0 +1,76 @@
+"""What an engine with a target and perhaps a draft needs of a device, in bytes. No torch.
+
+The planner divides memory by it and the executor charges its account by it: one sum for both, held against what
+torch really allocates by a test.
+"""
+
+from dataclasses import dataclass
+
+from kvkernels.geometry import FLOAT_BYTES, Geometry, mask_floats, scratch_floats
+
+from kvengine.kv.plan import StepMemory
+from kvengine.model.config import INDEX_BYTES, ModelConfig
+
+DRAFT_CATCH_UP_TOKENS = 512
+"""The most that a draft computes in one pass, unless two tokens a sequence are more; see `spec.draft`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Of one engine. The draft's KV lies beside the target's, block for block."""
+
+    target: ModelConfig
+    draft: ModelConfig | None
+    block_size: int
+    max_model_len: int
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(config.kv_bytes_per_token for config in self._models())
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(config.weights_bytes for config in self._models())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights, rotation tables and attention's scratch: held from start to end."""
+        tables = sum(self.max_model_len * config.head_dim + 1 for config in self._models())
+        gathered = max(scratch_floats(geometry, self.max_model_len) for geometry in self.geometries())
+        mask = mask_floats(self.max_model_len)
+        return (
+            self.weights_bytes + (tables + gathered + mask) * FLOAT_BYTES + self.max_model_len * INDEX_BYTES
+        )
+
+    @property
+    def step(self) -> StepMemory:
+        """Of the target: its bytes a token are what a larger chunk costs."""
+        return self.target.step_memory
+
+    def step_bytes(self, tokens: int, logits_rows: int, drawn_rows: int, drafting: int, behind: int) -> int:
+        """One step: the target over `tokens`, before it the draft for `drafting` sequences.
+
+        `logits_rows` go through the output layer, `drawn_rows` of them are sampled and not just compared;
+        `behind` tokens are missing from the draft's KV. The two models run one after the other.
+        """
+        target_bytes = self.target.step_memory.step_bytes(tokens, logits_rows, drawn_rows)
+        if self.draft is None or not drafting:
+            return target_bytes
+        draft_tokens = min(behind, max(DRAFT_CATCH_UP_TOKENS, 2 * drafting))
+        draft_rows = max(drafting, min(drawn_rows, logits_rows))
+        return max(target_bytes, self.draft.step_memory.step_bytes(draft_tokens, drafting, draft_rows))
+
+    def worst_step_bytes(self, step_tokens: int, running: int, drafts: int) -> int:
+        """The largest step that these limits allow: full of tokens, every running sequence drafting and sampled."""
+        rows = min(step_tokens, running * (1 + drafts))
+        behind = max(DRAFT_CATCH_UP_TOKENS, 2 * running) if drafts else 0
+        return self.step_bytes(step_tokens, rows, rows, running if drafts else 0, behind)
+
+    def geometries(self) -> list[Geometry]:
+        return [
+            Geometry(config.heads, config.kv_heads, config.head_dim, self.block_size)
+            for config in self._models()
+        ]
+
+    def _models(self) -> list[ModelConfig]:
+        return [self.target] if self.draft is None else [self.target, self.draft]
