@@ -1,0 +1,57 @@
+"""What the demo compares: scenarios, the static settings, and the legs they make."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ScenarioName = Literal["burst", "oversubscribed"]
+
+STATIC_SETTINGS: dict[str, dict[str, float]] = {
+    "small chunk": {"prefill_chunk_tokens": 256},
+    "no speculation": {"speculative_tokens": 0},
+    "small chunk, no speculation": {"prefill_chunk_tokens": 256, "speculative_tokens": 0},
+    "small chunk, no speculation, few running": {
+        "prefill_chunk_tokens": 256,
+        "speculative_tokens": 0,
+        "max_running": 12,
+    },
+}
+"""What a careful operator might have set by hand. Held as constant leases, so that every leg flies one engine."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How the engine is configured and how hard it is driven. `load` is offered work over measured capacity."""
+
+    name: ScenarioName
+    summary: str
+    load: float
+    engine_arguments: tuple[str, ...] = ()
+    external_memory: str | None = None
+    """`AMOUNT@SECONDS` taken by a neighbour in each leg; see `kvengine serve --help`."""
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "burst": Scenario("burst", "a bursty two-class load on the engine's own memory plan", load=1.0),
+    "oversubscribed": Scenario(
+        "oversubscribed",
+        "an operator's mistake: KV memory leaves no room for the worst step, and a neighbour moves in",
+        load=1.0,
+        engine_arguments=("--kv-fraction", "0.9"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One pass of the same workload over the same engine."""
+
+    name: str
+    kind: Literal["off", "static", "on"]
+    knobs: dict[str, float] = field(default_factory=dict)
+
+
+LEGS: tuple[Leg, ...] = (
+    Leg("engine defaults", "off"),
+    *(Leg(name, "static", knobs) for name, knobs in STATIC_SETTINGS.items()),
+    Leg("pilot", "on"),
+)
