@@ -33,7 +33,7 @@ class Missing:
     age_s: float | None = None
 
 
-REASONS = ("no_samples", "too_few_samples", "too_old", "restarted", "reset", "not_provided", "not_finite")
+REASONS = ("no_samples", "too_few_samples", "too_old", "restarted", "reset", "not_provided", "not_finite", "eval_error")
 
 
 @dataclass(frozen=True, slots=True)

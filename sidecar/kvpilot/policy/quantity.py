@@ -1,0 +1,66 @@
+"""How people write quantities in policy files: `250ms`, `5s`, `2m`, `1h`, and `10%` where a ratio is meant."""
+
+import math
+import re
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_PERCENT = re.compile(r"([-+]?\d+(?:\.\d+)?)\s*%")
+_UNIT_NS = {"ms": 1_000_000, "s": 1_000_000_000, "m": 60_000_000_000, "h": 3_600_000_000_000}
+_LONGEST_NS = 24 * _UNIT_NS["h"]
+
+
+def parse_duration(value: object) -> int:
+    """Nanoseconds. Raises ValueError: a number without a unit is refused, for nobody can tell which was meant."""
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{_shown(value)} is not a duration: write 250ms, 5s or 2m")
+    duration_ns = round(float(match[1]) * _UNIT_NS[match[2]])
+    if duration_ns > _LONGEST_NS:
+        raise ValueError(f"{value} is too long: at most 24h")
+    return duration_ns
+
+
+def parse_number(value: object) -> float:
+    """A finite number, or a percentage as a ratio. Raises ValueError."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    ratio = _percentage(value)
+    if ratio is None:
+        raise ValueError(f"{_shown(value)} is not a number or a percentage such as 10%")
+    return ratio
+
+
+def parse_amount(value: object) -> float | str:
+    """What `set` takes: a number, a percentage, or the text of an expression. Raises ValueError."""
+    if isinstance(value, str):
+        ratio = _percentage(value)
+        return value if ratio is None else ratio
+    try:
+        return parse_number(value)
+    except ValueError:
+        raise ValueError(f"{_shown(value)} is not a number, a percentage or an expression") from None
+
+
+def format_duration(duration_ns: int) -> str:
+    """The shortest of the forms above that is exact to the millisecond."""
+    milliseconds = round(duration_ns / 1_000_000)
+    if milliseconds % 1000:
+        return f"{milliseconds}ms"
+    seconds = milliseconds // 1000
+    return f"{seconds // 60}m" if seconds and seconds % 60 == 0 else f"{seconds}s"
+
+
+def _percentage(value: object) -> float | None:
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    return None if match is None else float(match[1]) / 100
+
+
+def _shown(value: object) -> str:
+    text = (
+        "nothing"
+        if value is None
+        else f"a {type(value).__name__}"
+        if isinstance(value, dict | list)
+        else str(value)
+    )
+    return text if len(text) <= 40 else f"{text[:37]}..."
