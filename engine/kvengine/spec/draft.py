@@ -14,23 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvengine.model.llama import Span
 from kvengine.model.sampling import is_greedy, probs, sample
 from kvengine.request import Request
 
 CATCH_UP_TOKENS = 512
+Piece = Span
 
 
-@dataclass(slots=True)
-class Piece:
-    """New tokens of one sequence for the draft to compute: positions `start` and on, KV into `blocks`."""
-
-    tokens: Sequence[int]
-    start: int
-    blocks: Sequence[int]
-
-
-Forward = Callable[[Sequence[Piece]], Tensor]
-"""One pass of the draft model: logits [pieces, vocab] after the last token of each piece."""
+Forward = Callable[[Sequence[Span]], Tensor]
+"""One pass of the draft model: logits [spans, vocab] after the last token of each span."""
 
 
 @dataclass(slots=True)
@@ -53,31 +46,26 @@ def propose(
     Both must be what the target is sampled with. Draws come from each request's own generator, one a drafted
     token, none while the whole batch is greedy. Call `settle` once the target has judged.
     """
-    rows, pieces, counts = _catch_up(requests, wanted)
-    k = max(counts)
-    greedy = is_greedy(temperature)
-    tokens = torch.zeros(len(requests), k, dtype=torch.long, device=temperature.device)
-    distributions: Tensor | None = None
-    logits = forward(pieces)[: len(rows)]
+    rows, spans, counts = _catch_up(requests, wanted)
+    batch, k = len(requests), max(counts)
+    tokens = torch.zeros(batch, k, dtype=torch.long, device=temperature.device)
+    logits = forward(spans)[: len(rows)]
+    distributions = None if is_greedy(temperature) else logits.new_zeros(batch, k, logits.shape[1])
     for i in range(k):
-        if greedy:
+        if distributions is None:
             drawn = logits.argmax(-1)
         else:
             distribution = probs(logits, temperature[rows], top_p[rows])
-            drawn = sample(distribution, draws([requests[row] for row in rows], distribution))
-            if distributions is None:
-                distributions = distribution.new_zeros(len(requests), k, distribution.shape[-1])
+            uniforms = [requests[row].rng.random() for row in rows]
+            drawn = sample(distribution, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
             distributions[rows, i] = distribution
         tokens[rows, i] = drawn
         # Rows come widest first, so those that go on are a prefix. Nobody needs KV of the last draft yet.
         rows = [row for row in rows if counts[row] > i + 1]
         if rows:
-            live = [requests[row] for row in rows]
+            newest = drawn[: len(rows)].tolist()
             logits = forward(
-                [
-                    Piece((token,), len(request.tokens) + i, request.blocks)
-                    for request, token in zip(live, drawn.tolist(), strict=False)
-                ]
+                [_next(requests[row], i, token) for row, token in zip(rows, newest, strict=True)]
             )
     return Proposal(tokens, distributions, counts)
 
@@ -92,19 +80,12 @@ def settle(requests: Sequence[Request], counts: Sequence[int], accepted: Sequenc
             request.draft_computed = len(request.tokens) + min(stood, count - 1)
 
 
-def draws(requests: Sequence[Request], like: Tensor) -> Tensor:
-    """One uniform of each request's own generator [requests]."""
-    return torch.tensor(
-        [request.rng.random() for request in requests], dtype=torch.float64, device=like.device
-    )
-
-
-def _catch_up(requests: Sequence[Request], wanted: Sequence[int]) -> tuple[list[int], list[Piece], list[int]]:
-    """Rows that can draft now, widest first; the first pass's pieces, theirs in front; drafts of each row."""
+def _catch_up(requests: Sequence[Request], wanted: Sequence[int]) -> tuple[list[int], list[Span], list[int]]:
+    """Rows that can draft now, widest first; the first pass's spans, theirs in front; drafts of each row."""
     missing = [len(request.tokens) - request.draft_computed for request in requests]
     budget = max(CATCH_UP_TOKENS, 2 * len(requests))
     counts = [0] * len(requests)
-    behind: list[Piece] = []
+    behind: list[Span] = []
     # The least behind first: who drafted in the last step lacks one or two tokens and always fits.
     for row in sorted(range(len(requests)), key=missing.__getitem__):
         request, count = requests[row], min(missing[row], budget)
@@ -113,15 +94,16 @@ def _catch_up(requests: Sequence[Request], wanted: Sequence[int]) -> tuple[list[
             counts[row] = wanted[row]
         elif count:
             start = request.draft_computed
-            behind.append(Piece(request.tokens[start : start + count], start, request.blocks))
+            behind.append(Span(request.tokens[start : start + count], start, request.blocks))
             request.draft_computed += count
     rows = sorted((row for row, count in enumerate(counts) if count), key=lambda row: -counts[row])
-    ready = [
-        Piece(
-            requests[row].tokens[requests[row].draft_computed :],
-            requests[row].draft_computed,
-            requests[row].blocks,
-        )
-        for row in rows
-    ]
-    return rows, [*ready, *behind], counts
+    return rows, [*(_remainder(requests[row]) for row in rows), *behind], counts
+
+
+def _remainder(request: Request) -> Span:
+    start = request.draft_computed
+    return Span(request.tokens[start:], start, request.blocks)
+
+
+def _next(request: Request, drafted: int, token: int) -> Span:
+    return Span((token,), len(request.tokens) + drafted, request.blocks)

@@ -44,12 +44,6 @@ def verify(
     return accepted, sample(residual, uniforms[:, -1])
 
 
-def verify_greedy(target_tokens: Tensor, draft_tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """`verify` when every sequence is greedy: target_tokens [batch, k + 1] are the target's own choices."""
-    accepted = leading(target_tokens[:, :-1] == draft_tokens, counts)
-    return accepted, target_tokens.gather(1, accepted.unsqueeze(1)).squeeze(1)
-
-
 def leading(stands: Tensor, counts: Tensor) -> Tensor:
     """How many drafts stand before the first that does not [batch]; `stands` [batch, k] is a mask."""
     position = torch.arange(stands.shape[1], device=stands.device)
