@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 MAX_CLASSES = 8
 """As many as telemetry has histograms for."""
 
-MAX_NAME_BYTES = 48
-"""Longest class or tenant name; it must fit a row of the valve's page."""
+MAX_NAME_BYTES = 32
+"""Longest class or tenant name: what a lease's scope can name."""
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
 

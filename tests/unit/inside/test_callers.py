@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kvpilot.inside.callers import MAX_NAME_BYTES, Callers, CallersError, Tag
+from kvpilot.link.controls import Lease, Scope, decode_slot, encode_slot
 
 KEY = "sk-acme-1"
 MAP = {
@@ -81,6 +82,14 @@ class TestTrustedHeader:
         assert callers.classify([*bearer(KEY), (b"x-kvpilot-caller", b"batch")]) == Tag("batch", 0, "")
 
 
+def test_every_tenant_fits_a_lease() -> None:
+    callers = Callers({"a": 0}, header="h", tenants=["t" * MAX_NAME_BYTES])
+    for value in (b"a/" + b"t" * MAX_NAME_BYTES, b"a/unknown"):
+        tenant = callers.classify([(b"h", value)]).tenant
+        (lease,) = decode_slot(encode_slot(1, 1, [Lease("k", Scope("tenant", tenant), 1, 1, 1)])).leases
+        assert lease.scope.argument == tenant
+
+
 @given(
     st.lists(
         st.tuples(
@@ -117,7 +126,7 @@ def test_hostile_headers_cannot_raise(headers: list[tuple[bytes, bytes]], truste
         ({"classes": {"a": "0"}}, "whole number"),
         ({"classes": {"a": True}}, "whole number"),
         ({"classes": {"a/b": 0}}, "slash"),
-        ({"classes": {"a" * 49: 0}}, "longer than 48"),
+        ({"classes": {"a" * 33: 0}}, "longer than 32"),
         ({**MAP, "default": "gold"}, "'gold' is no class"),
         ({**MAP, "default": 1}, "class name"),
         ({**MAP, "header": 7}, "header name"),
