@@ -159,6 +159,11 @@ class ControlsWriter:
         self.sequence = sequence
         return sequence
 
+    def close(self) -> None:
+        """Let go of the buffer; nothing may be written afterwards."""
+        self._words.release()
+        self._view.release()
+
 
 _Key = tuple[str, Scope]
 
@@ -189,7 +194,7 @@ class LeaseBook:
         """When the first lease in force runs out, if nothing renews it."""
 
     def observe(self, page: bytes | memoryview, now_ns: int) -> bool:
-        """Take in one read of the page. True where leases in force, or the sequence, may have changed."""
+        """Take in one read of the page. True where anything that can be asked of it may have changed."""
         if len(page) < CONTROLS_BYTES:
             return self._unreadable("a controls page that is cut short")
         words = (_U64.unpack_from(page, _SLOT_STARTS[0])[0], _U64.unpack_from(page, _SLOT_STARTS[1])[0])
@@ -211,9 +216,11 @@ class LeaseBook:
 
     def _unreadable(self, why: str) -> bool:
         self._words = None
+        if self.error == why:
+            return False
         self.error = why
         self.ignored["unreadable"] += 1
-        return False
+        return True
 
     def _learn(self, slot: Slot, now_ns: int) -> None:
         """Compare a table with the one seen before it."""
@@ -247,7 +254,7 @@ class LeaseBook:
         self.next_expiry_ns = min((expiry for expiry, _ in self._expiries.values()), default=None)
 
     def in_force(self, now_ns: int) -> list[Lease]:
-        """Leases in force now, in table order; those that ran out are forgotten."""
+        """Leases in force now; those that ran out are forgotten."""
         if self.next_expiry_ns is not None and now_ns >= self.next_expiry_ns:
             self._expiries = {key: kept for key, kept in self._expiries.items() if now_ns < kept[0]}
             self._set_next_expiry()

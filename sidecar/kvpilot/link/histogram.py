@@ -14,6 +14,7 @@ import math
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 _LOW_BITS = 16
 _HIGH_BITS = 40
@@ -87,11 +88,8 @@ class HistogramSnapshot:
         if not self.count:
             return None
         rank = max(1, math.ceil(q * self.count))
-        seen = 0
-        for index, count in enumerate(self.counts):
-            seen += count
-            if seen >= rank:
-                break
+        seen = accumulate(self.counts)
+        index = next(index for index, below in enumerate(seen) if below >= rank)
         low, high = bucket_bounds_ns(index)
         return (low + high) / 2e9
 

@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvpilot.link.histogram import (
     HISTOGRAM_WORDS,
@@ -22,7 +22,7 @@ from kvpilot.link.histogram import (
     HistogramWriter,
     read_histogram,
 )
-from kvpilot.link.manifest import MANIFEST_MAX_BYTES, Manifest, ManifestError
+from kvpilot.link.manifest import MANIFEST_MAX_BYTES, Manifest
 from kvpilot.link.page import HEADER_BYTES, Identity, LinkError, PageHeader
 from kvpilot.link.records import Frame, FrameWriter, StepLayout, StepRecord
 
@@ -66,6 +66,7 @@ class TenantRow(NamedTuple):
 class TelemetryPlan:
     """Where everything lies in a page, in bytes."""
 
+    manifest_json: bytes
     layout: StepLayout
     record_count: int
     ring: int
@@ -79,7 +80,10 @@ def plan_page(manifest: Manifest, record_count: int = RING_RECORDS) -> Telemetry
     """Plan the page of `manifest`. Raises LinkError where it cannot be held in PAGE_MAX_BYTES."""
     if len(manifest.classes) > MAX_CLASSES:
         raise LinkError(f"{len(manifest.classes)} classes: the link holds at most {MAX_CLASSES}")
-    layout = StepLayout(manifest.fields)
+    try:
+        body, layout = manifest.to_json(), StepLayout(manifest.fields)
+    except ValueError as error:
+        raise LinkError(str(error)) from error
     ring = HEADER_BYTES + MANIFEST_MAX_BYTES
     histograms = _aligned(ring + _HEAD_BYTES + record_count * layout.size)
     classes = histograms + (MAX_CLASSES * len(PER_CLASS) + 1) * HISTOGRAM_WORDS * _WORD
@@ -87,7 +91,7 @@ def plan_page(manifest: Manifest, record_count: int = RING_RECORDS) -> Telemetry
     end = _aligned(tenants + MAX_TENANTS * _TENANT_FRAME.size)
     if end > PAGE_MAX_BYTES:
         raise LinkError(f"{len(layout.names)} fields need {end} bytes: a page holds at most {PAGE_MAX_BYTES}")
-    return TelemetryPlan(layout, record_count, ring, histograms, classes, tenants, end)
+    return TelemetryPlan(body, layout, record_count, ring, histograms, classes, tenants, end)
 
 
 def _aligned(offset: int) -> int:
@@ -115,6 +119,7 @@ class TelemetryWriter:
         if len(view) != plan.page_bytes:
             raise LinkError(f"telemetry buffer of {len(view)} bytes: {plan.page_bytes} needed")
         self.nonce = nonce
+        self._view = view
         self._words = view.cast("Q")
         self._plan = plan
         self._sequence = 0
@@ -135,7 +140,7 @@ class TelemetryWriter:
         }
         self._step_histogram = HistogramWriter(self._words, self._histogram_word(ONE, 0))
         self._thread = 0
-        body = manifest.to_json()
+        body = plan.manifest_json
         view[HEADER_BYTES : HEADER_BYTES + len(body)] = body
         sections = (plan.ring, plan.histograms, plan.classes, plan.tenants)
         header = PageHeader(
@@ -204,6 +209,11 @@ class TelemetryWriter:
         self._tenant_rows[name] = slot
         return slot
 
+    def close(self) -> None:
+        """Let go of the buffer; nothing may be written afterwards."""
+        self._words.release()
+        self._view.release()
+
     def _bind_thread(self) -> None:
         """One writer thread: the first one to write; a second is a bug that would tear records."""
         me = threading.get_ident()
@@ -224,7 +234,7 @@ class TelemetryReader:
         try:
             self.manifest = Manifest.from_json(body)
             self._layout = StepLayout(self.manifest.fields)
-        except (ManifestError, ValueError) as error:
+        except ValueError as error:
             raise LinkError(f"telemetry page: {error}") from error
         if header.record_bytes != self._layout.size or not header.record_count:
             raise LinkError("damaged kvpilot telemetry page: the manifest's fields do not fit its records")
@@ -302,7 +312,7 @@ class TelemetryReader:
                 rows.append(TenantRow(name, *row[2:]))
         return tuple(rows)
 
-    def _row(self, frame: Frame, section: int, index: int) -> tuple[int, ...] | None:
+    def _row(self, frame: Frame, section: int, index: int) -> tuple[Any, ...] | None:
         for _ in range(3):
             row = frame.unpack(self._read_at(section + index * frame.size, frame.size))
             if row is not None:

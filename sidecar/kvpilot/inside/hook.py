@@ -1,0 +1,235 @@
+"""The step hook: what an engine's step loop calls, from one thread.
+
+    hook = StepHook.open(manifest)              once; never raises
+    values = hook.begin_step(now_ns)            knob values in force: one bounded read of the controls page
+    hook.itl[class_level].record(duration_ns)   while stepping
+    hook.end_step(values)                       one record: the manifest's fields, in order
+
+Without the link's environment, or after any failure of its own, a hook is disabled: it records nothing, baselines
+are in force, and the engine serves on as if no pilot existed. A failure is logged once and never raised.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import ParamSpec
+
+from kvpilot.clock import NS, Clock, SystemClock
+from kvpilot.knobs import KNOBS
+from kvpilot.link.controls import Lease, LeaseBook
+from kvpilot.link.fields import HOOK_FIELDS, KNOB_PREFIX, STEP_FIELDS, knob_field
+from kvpilot.link.files import WritablePage, open_telemetry
+from kvpilot.link.following import ControlsFile
+from kvpilot.link.histogram import HistogramWriter
+from kvpilot.link.manifest import Manifest, ManifestKnob
+from kvpilot.link.page import LinkError
+from kvpilot.link.place import ENGINE_CONTROLS, LinkPlace
+from kvpilot.link.telemetry import MAX_CLASSES, TelemetryWriter, TenantRow
+
+log = logging.getLogger("kvpilot.link")
+
+Values = Mapping[str, float]
+ReadControls = Callable[[int], "bytes | memoryview | None"]
+_P = ParamSpec("_P")
+
+_FRACTIONAL_UNITS = ("ratio", "seconds")
+
+
+def with_hook_fields(manifest: Manifest) -> Manifest:
+    """`manifest` with the fields that the hook fills by itself at the end of the record."""
+    engine = [f for f in manifest.fields if f.name not in HOOK_FIELDS and not f.name.startswith(KNOB_PREFIX)]
+    own = [STEP_FIELDS[name] for name in HOOK_FIELDS]
+    echoes = [knob_field(knob.name, knob.unit) for knob in manifest.knobs]
+    return replace(manifest, fields=(*engine, *own, *echoes))
+
+
+def value_in_force(knob: ManifestKnob, wish: float) -> float:
+    """`wish` within this knob's limits and on its grid; a whole number where the unit is a count."""
+    floor = KNOBS[knob.name].plausible[0] if knob.name in KNOBS else knob.minimum
+    value = max(knob.snap(wish), floor)
+    return value if knob.unit in _FRACTIONAL_UNITS else round(value)
+
+
+class StepHook:
+    """See the module docstring. `telemetry` None is a disabled hook; virtual time passes a writer over a bytearray
+    and a `read_controls` of its own.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        telemetry: TelemetryWriter | None = None,
+        read_controls: ReadControls | None = None,
+        page: WritablePage | None = None,
+        controls_file: ControlsFile | None = None,
+    ) -> None:
+        self._knobs = {knob.name: knob for knob in manifest.knobs}
+        self.baselines: Values = {name: value_in_force(k, k.baseline) for name, k in self._knobs.items()}
+        self._telemetry = telemetry
+        self._read_controls = read_controls
+        self._page = page
+        self._controls_file = controls_file
+        self.enabled = telemetry is not None
+        self.failures = 0
+        """Exceptions of our own that were kept from the engine: 0 or 1, since the first one disables the hook."""
+        self._book = LeaseBook(telemetry.nonce if telemetry else 1)
+        self._warned: str | None = None
+        self._invalid = 0
+        self._set_values(dict(self.baselines))
+        names = [f.name for f in with_hook_fields(manifest).fields]
+        self._duration = names.index("duration_ns") if "duration_ns" in names else None
+        self._set_recorders()
+        levels = range(max(1, min(len(manifest.classes), MAX_CLASSES)))
+        used = (self.itl, self.ttft, self.queue_wait)
+        self._flushed = (self.step, *(per_class[level] for per_class in used for level in levels))
+
+    def _set_recorders(self) -> None:
+        def per_class(name: str) -> tuple[HistogramWriter, ...]:
+            return tuple(self._histogram(name, level) for level in range(MAX_CLASSES))
+
+        self.itl, self.ttft, self.queue_wait = per_class("itl"), per_class("ttft"), per_class("queue_wait")
+        self.step = self._histogram("step", 0)
+
+    def _histogram(self, name: str, level: int) -> HistogramWriter:
+        return self._telemetry.histogram(name, level) if self._telemetry else HistogramWriter(None, 0)
+
+    @classmethod
+    def open(
+        cls, manifest: Manifest, environ: Mapping[str, str] = os.environ, clock: Clock | None = None
+    ) -> "StepHook":
+        """The hook that the environment asks for. Never raises: one warning, and a disabled hook."""
+        try:
+            place = LinkPlace.from_environ(environ)
+            if place is None:
+                return cls(manifest)
+            telemetry, page = open_telemetry(
+                place, manifest.rank, with_hook_fields(manifest), clock or SystemClock()
+            )
+            file = ControlsFile(place.controls_directory(manifest.rank) / ENGINE_CONTROLS, place.uids)
+            return cls(manifest, telemetry, file.read, page, file)
+        except LinkError as error:
+            log.warning("running without telemetry: %s", error)
+        except Exception:
+            log.warning("running without telemetry: a failure inside kvpilot", exc_info=True)
+        return cls(manifest)
+
+    def begin_step(self, now_ns: int) -> Values:
+        """Values in force for the step that begins at `now_ns` (any monotonic clock, always the same one)."""
+        if not self.enabled:
+            return self.baselines
+        try:
+            page = self._read_controls(now_ns) if self._read_controls else None
+            book = self._book
+            changed = page is not None and book.observe(page, now_ns)
+            expiry_ns = book.next_expiry_ns
+            if changed or (expiry_ns is not None and now_ns >= expiry_ns):
+                self._apply(book.in_force(now_ns))
+            if page is None or book.error:
+                self._warn_once()
+            return self._values
+        except Exception:
+            self._disable()
+            return self.baselines
+
+    def end_step(self, values: Sequence[float]) -> None:
+        """Write the step's record: values of the manifest's fields in order, without those that the hook fills."""
+        if not self.enabled or self._telemetry is None:
+            return
+        try:
+            if self._duration is not None:
+                self.step.record(int(values[self._duration]))
+            for histogram in self._flushed:
+                if histogram.pending:
+                    histogram.flush()
+            self._telemetry.write_step(*values, *self._echo)
+        except Exception:
+            self._disable()
+
+    def observe(self, name: str, class_level: int, duration_s: float) -> None:
+        """Record one duration by name: `itl`, `ttft` or `queue_wait` (`step` comes from `duration_ns`)."""
+        self._guarded(self._observe, name, class_level, duration_s)
+
+    def _observe(self, name: str, class_level: int, duration_s: float) -> None:
+        self._histogram(name, class_level).record(round(duration_s * NS))
+
+    def set_class(self, class_level: int, waiting: int, waiting_prompt_tokens: int) -> None:
+        """What waits in one class."""
+        if self._telemetry:
+            self._guarded(self._telemetry.set_class, class_level, waiting, waiting_prompt_tokens)
+
+    def set_tenant(
+        self, name: str, running: int, waiting: int, kv_blocks: int, block_ns_total: int, tokens_total: int
+    ) -> None:
+        """What one tenant holds; a table full of busy tenants takes no more."""
+        if self._telemetry:
+            row = TenantRow(name, running, waiting, kv_blocks, block_ns_total, tokens_total)
+            self._guarded(self._telemetry.set_tenant, row)
+
+    def next_expiry_ns(self) -> int | None:
+        """When the first lease in force runs out: an engine with waiting work and nothing runnable wakes then."""
+        return self._book.next_expiry_ns if self.enabled else None
+
+    def close(self) -> None:
+        """Give up page and lock; baselines from here on. The page stays for the flight recorder."""
+        self.enabled = False
+        try:
+            for histogram in self._flushed:
+                histogram.flush()
+            self._release()
+        except Exception:
+            log.warning("closing the telemetry page failed", exc_info=True)
+
+    def _apply(self, leases: list[Lease]) -> None:
+        values = dict(self.baselines)
+        invalid = 0
+        for lease in leases:
+            knob = self._knobs.get(lease.knob)
+            if knob is None or lease.scope.kind != "all":
+                invalid += 1
+            else:
+                values[lease.knob] = value_in_force(knob, lease.value)
+        self._invalid += invalid
+        self._set_values(values)
+
+    def _set_values(self, values: dict[str, float]) -> None:
+        self._values: Values = values
+        ignored = self._book.ignored.total() + self._invalid
+        self._echo = (self._book.sequence, ignored, *values.values())
+
+    def _guarded(self, call: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> None:
+        if not self.enabled:
+            return
+        try:
+            call(*args, **kwargs)
+        except Exception:
+            self._disable()
+
+    def _warn_once(self) -> None:
+        """Say it when controls become unreadable, once for each reason."""
+        problem = (self._controls_file.error if self._controls_file else None) or self._book.error
+        if problem and problem != self._warned:
+            self._warned = problem
+            log.warning("controls not obeyed: %s", problem)
+
+    def _disable(self) -> None:
+        """Called while handling an exception of ours: baseline returns, the engine never notices."""
+        self.enabled = False
+        self.failures += 1
+        log.warning("the step hook failed and is disabled; baselines are in force", exc_info=True)
+        try:
+            self._release()
+        except Exception:
+            log.warning("closing the telemetry page failed", exc_info=True)
+
+    def _release(self) -> None:
+        for histogram in self._flushed:
+            histogram.disable()
+        telemetry, page, file = self._telemetry, self._page, self._controls_file
+        self._telemetry = self._read_controls = self._page = self._controls_file = None
+        if telemetry is not None:
+            telemetry.close()
+        if page is not None:
+            page.close()
+        if file is not None:
+            file.close()
