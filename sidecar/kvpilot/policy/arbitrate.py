@@ -1,12 +1,12 @@
 """From claims to leases: one winner per knob and scope. Pure, total, and independent of the claims' order.
 
-Per (knob, scope): higher priority, then the more protective value, then the name. Two things stand outside that:
+Per (knob, scope): higher priority, then the more protective value, then the name. Two things stand outside:
 
 - A claim of a `protective: always` rule is a *limit*. It can only tighten what would hold without it (the
-  ordinary winner's value, or baseline); it never loosens it. Otherwise a memory guard of the highest priority,
-  content with a large value, would overrule every latency rule below it.
-- A person's order outranks all. It also displaces claims on narrower scopes that it covers, because among leases
-  that match one request the most protective holds, and only a person may be less protective than a policy.
+  ordinary winner's value, or baseline); it never loosens it. Otherwise a memory guard of the highest
+  priority, content with a large value, would overrule every latency rule below it.
+- A person's order outranks all. It also displaces claims on narrower scopes that it covers, because among
+  leases that match one request the most protective holds, and only a person may be less protective.
 """
 
 from collections import defaultdict

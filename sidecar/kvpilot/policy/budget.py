@@ -1,4 +1,4 @@
-"""`limits`: how many steps a policy's rules may take in any window of time. Withdrawals and recovery are free."""
+"""`limits`: how many steps a policy's rules may take in any window of time."""
 
 from kvpilot.policy.rules import Limits
 

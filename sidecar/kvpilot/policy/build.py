@@ -1,4 +1,4 @@
-"""From a file's shape to a typed policy: names against the catalogues, expressions against the inputs, bounds.
+"""From a file's shape to a typed policy: names against catalogues, expressions against inputs, and bounds.
 
 Every problem is collected, with its place; a policy comes out only when there is none.
 """
@@ -34,45 +34,11 @@ LEASE_MIN_NS = 2_000_000_000
 LEASE_MAX_NS = 60_000_000_000
 ALL = Scope("all")
 
-_RESERVED = frozenset(
-    [
-        "slo",
-        "true",
-        "false",
-        "null",
-        "in",
-        "as",
-        "break",
-        "const",
-        "continue",
-        "else",
-        "for",
-        "function",
-        "if",
-        "import",
-        "let",
-        "loop",
-        "package",
-        "namespace",
-        "return",
-        "var",
-        "void",
-        "while",
-        "bool",
-        "bytes",
-        "double",
-        "duration",
-        "dyn",
-        "int",
-        "list",
-        "map",
-        "null_type",
-        "string",
-        "timestamp",
-        "type",
-        "uint",
-    ]
+_RESERVED_WORDS = (
+    "slo true false null in as break const continue else for function if import let loop package namespace "
+    "return var void while bool bytes double duration dyn int list map string timestamp type uint"
 )
+_RESERVED = frozenset(_RESERVED_WORDS.split())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -163,7 +129,7 @@ class Builder:
         if not LEASE_MIN_NS <= given.lease <= LEASE_MAX_NS:
             self._at((*path, "lease"), "must be between 2s and 60s")
         if given.protective and file.spec.priority < PROTECTIVE_PRIORITY:
-            message = f"`protective: always` needs spec.priority of {PROTECTIVE_PRIORITY} or more, not {file.spec.priority}"
+            message = f"needs spec.priority of {PROTECTIVE_PRIORITY} or more, not {file.spec.priority}"
             self._at((*path, "protective"), message)
         if not given.do and given.notify is None:
             self._at(path, f"rule '{given.name}' does nothing: give it `do` or `notify`")

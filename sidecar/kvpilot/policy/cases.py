@@ -54,7 +54,7 @@ class Case:
 def build_cases(
     source: Source, tests: Sequence[TestModel], policy: Policy, rules: AbstractSet[str]
 ) -> list[Case]:
-    """The cases of `tests`; what is wrong with them goes to `source.problems`. `rules` are the file's rule names."""
+    """The cases of `tests`; problems go to `source.problems`. `rules` are the file's rule names."""
     return [_case(source, ("tests", i), test, policy, rules) for i, test in enumerate(tests)]
 
 

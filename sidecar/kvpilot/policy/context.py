@@ -1,4 +1,4 @@
-"""What a tick is evaluated against: the engine's limits, its present values, the SLOs, and what people ordered.
+"""What a tick is evaluated against: the engine's limits, its present values, the SLOs, people's orders.
 
 Plain values, made by the pilot each tick. `values` are values in force as the engine echoes them, by (knob,
 scope); what is absent is at baseline. `slo` holds `itl` and `ttft` in seconds (tightest over classes) and, by

@@ -96,7 +96,7 @@ class _Tick:
         self._ticks.append((tick, before))
 
     def _begin(self, policy: Policy, rule: Rule, shadow: bool) -> RuleState:
-        """The state to go on from: fresh for a new rule, and for one that changed or went into or out of shadow."""
+        """The state to go on from: afresh for a rule that is new, changed, or went into or out of shadow."""
         state = self._state.rules.get((policy.name, rule.name))
         if state is None:
             return RuleState(rule.identity, since_ns=self._context.now_ns, shadow=shadow)
@@ -117,7 +117,7 @@ class _Tick:
         return state
 
     def _changed(self, policy: Policy, rule: Rule, state: RuleState) -> RuleState:
-        """The rule's text changed: inactive, its claims kept where the new text knows how to walk them home."""
+        """The text changed: inactive, with the claims that the new text knows how to walk home."""
         kept = []
         for claim in state.claims:
             acts = any((a.knob, a.scope) == (claim.knob, claim.scope) for a in rule.actions)
@@ -208,7 +208,7 @@ class _Tick:
         return "applied"
 
     def _follow(self, tick: RuleTick, claim: Claim, lease: LeaseWish | None) -> None:
-        """A claim that follows an expression is journalled when the value it makes the engine hold changes."""
+        """A claim that follows an expression is journalled when the value that holds by it changes."""
         policy, rule = tick.policy.name, tick.rule.name
         if lease is None or (lease.policy, lease.rule) != (policy, rule):
             return

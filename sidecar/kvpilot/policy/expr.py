@@ -3,12 +3,13 @@
 The part is numbers, inputs, `slo.*`, arithmetic, comparison, logic and `?:`. No calls, hence no macros, hence
 evaluation is linear in the text, which is at most MAX_LENGTH characters. Every variable is a double.
 
-Two traps are closed here and nowhere else: an expression that names a missing input is missing, whatever CEL's
-short-circuit would conclude; and CEL reports errors as *values* that are truthy, so only the expected type
-counts as an answer.
+Two traps are closed here and nowhere else: an expression that names a missing input is missing, whatever
+CEL's short-circuit would conclude; and CEL reports errors as *values* that are truthy, so only the expected
+type counts as an answer.
 """
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,7 @@ def _tokenize(text: str) -> list[_Token]:
         position = match.end()
     calls = [
         Fault(name.offset, f"{name.text}(...): expressions have no functions and no macros")
-        for name, after in zip(tokens, tokens[1:], strict=False)
+        for name, after in itertools.pairwise(tokens)
         if name.kind == "name" and after.text == "("
     ]
     if calls:
@@ -180,13 +181,13 @@ def _faults(
     report: str, promoted: str, origin: list[int], tokens: Sequence[_Token], known: list[str]
 ) -> list[Fault]:
     starts = [0]
-    for line in promoted.split("\n"):
-        starts.append(starts[-1] + len(line) + 1)
+    for row in promoted.split("\n"):
+        starts.append(starts[-1] + len(row) + 1)
     faults: dict[int, Fault] = {}
     for found in _CEL_ERROR.finditer(report):
-        line, column, message = int(found[1]), int(found[2]), found[3]
+        line, column = int(found[1]), int(found[2])
         index = min(starts[min(line, len(starts)) - 1] + column - 1, len(origin) - 1)
-        fault = _readable(message, origin[index], tokens, known)
+        fault = _readable(found[3], origin[index], tokens, known)
         faults.setdefault(fault.offset, fault)
     if not faults:
         deep = "recursion" in report

@@ -1,4 +1,4 @@
-"""Where a wished-for value may lie: on the rule's step, inside its bounds, on the engine's grid, in its limits.
+"""Where a wished-for value may lie: on the rule's step, in its bounds, on the engine's grid, in its limits.
 
 The engine snaps whatever it is given, so a value it would move is never claimed: the result is always a fixed
 point of `ManifestKnob.snap`. The engine's limits win over the rule's bounds where the two do not meet.
@@ -28,7 +28,7 @@ def protective_first(knob: str, value: float) -> float:
 
 
 def place(wish: float, action: Action, knob: ManifestKnob) -> Placed:
-    """The claim for `wish`: steps round to the protective side, then the bounds, then the engine's own limits."""
+    """The claim for `wish`: rounded to the protective side, then the bounds, then the engine's limits."""
     value = wish
     if action.step is not None:
         multiple = wish / action.step
@@ -40,7 +40,7 @@ def place(wish: float, action: Action, knob: ManifestKnob) -> Placed:
 
 
 def recover_step(value: float, recover: Recover, action: Action, knob: ManifestKnob) -> float | None:
-    """The claim one step nearer to baseline; None when that is baseline, or no nearer value can be claimed."""
+    """The claim one step nearer to baseline; None at baseline, or if no nearer value can be claimed."""
     sign = math.copysign(1.0, knob.baseline - value)
     for size in (abs(recover.add), max(abs(recover.add), knob.granularity, action.step or 0.0)):
         wish = value + sign * size

@@ -1,4 +1,4 @@
-"""The only door from files to policies: all errors of all files at once, or a set that is right as a whole."""
+"""The only door from files to policies: all errors of all files at once, or one right set."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -152,7 +152,8 @@ def _validate(source: Source, model: type[BaseModel]) -> BaseModel | None:
                     )
                 cuts.append(path[:-1] if absent else path)
         # Deepest and last first: cutting shifts what follows.
-        if not any([source.prune(path) for path in sorted(cuts, key=_cut_order, reverse=True)]):
+        pruned = [source.prune(path) for path in sorted(cuts, key=_cut_order, reverse=True)]
+        if not any(pruned):
             return None
     return None
 
@@ -212,7 +213,7 @@ def _opposed(
         same = (other.knob, other.scope) == (action.knob, action.scope)
         if same and other_policy.priority == policy.priority and direction(other) * direction(action) < 0:
             return (
-                f"rule '{rule.name}' pushes {action.knob} against {other_policy.name}/{other_rule.name} at the same "
-                f"priority {policy.priority}: give one policy the higher priority"
+                f"rule '{rule.name}' pushes {action.knob} against {other_policy.name}/{other_rule.name} "
+                f"at the same priority {policy.priority}: give one policy the higher priority"
             )
     return None

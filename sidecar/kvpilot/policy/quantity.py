@@ -1,4 +1,4 @@
-"""How people write quantities in policy files: `250ms`, `5s`, `2m`, `1h`, and `10%` where a ratio is meant."""
+"""How people write quantities in policy files: `250ms`, `5s`, `2m`, `1h`; `10%` where a ratio is meant."""
 
 import math
 import re
@@ -10,7 +10,7 @@ _LONGEST_NS = 24 * _UNIT_NS["h"]
 
 
 def parse_duration(value: object) -> int:
-    """Nanoseconds. Raises ValueError: a number without a unit is refused, for nobody can tell which was meant."""
+    """Nanoseconds. Raises ValueError, for a number without a unit too: nobody can tell which was meant."""
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"{_shown(value)} is not a duration: write 250ms, 5s or 2m")

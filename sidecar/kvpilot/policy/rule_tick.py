@@ -312,8 +312,9 @@ class RuleTick:
         if self._check is not None:
             self._judge(self._check, None, "the rule stepped again meanwhile")
         before = self.readings.get(verify.input)
-        usable = isinstance(before, float | int)
-        self._check = Check(float(before), self._context.now_ns + verify.within_ns) if usable else None
+        self._check = None
+        if isinstance(before, float | int):
+            self._check = Check(float(before), self._context.now_ns + verify.within_ns)
 
     def _measure(self) -> None:
         check, verify = self._check, self.rule.verify

@@ -20,7 +20,7 @@ DEFAULT_COOLDOWN_NS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """A typed window over one signal. The pilot computes it once a tick: a value, or missing with a reason."""
+    """A typed window over one signal. The pilot computes it once a tick: a value, or missing, and why."""
 
     name: str
     signal: str

@@ -70,11 +70,11 @@ class Metadata(_Model):
 class Input(_Model):
     """A window over one signal of the catalogue, computed once a tick."""
 
-    signal: str = Field(json_schema_extra={"enum": sorted(SIGNALS)})
+    signal: str = Field(json_schema_extra={"enum": [*sorted(SIGNALS)]})
     agg: str = Field(
         default="last",
         description="How samples become one value.",
-        json_schema_extra={"enum": sorted({agg for aggs in AGGREGATIONS.values() for agg in aggs})},
+        json_schema_extra={"enum": [*sorted({agg for aggs in AGGREGATIONS.values() for agg in aggs})]},
     )
     window: Duration | None = Field(default=None, description="How far back samples count; not for `last`.")
     min_samples: int = Field(default=1, ge=1, description="Fewer samples than this in the window: missing.")
@@ -144,7 +144,7 @@ class RuleModel(_Model):
     keep_for: Duration = 0
     cooldown: Duration | None = Field(
         default=None,
-        description="Least time between two steps of this rule; default 1s with `add` or `multiply`, else 0s.",
+        description="Least time between two steps; default 1s with `add` or `multiply`, else 0s.",
     )
     lease: Duration = Field(
         default=DEFAULT_LEASE_NS, description="How long the engine keeps a value unrenewed."

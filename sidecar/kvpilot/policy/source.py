@@ -1,7 +1,7 @@
 """YAML with positions: bytes in, plain data out, and for every path in it the line and column people see.
 
-YAML 1.2 core scalars only (`no`, `on` and `12:30` are strings), no aliases, no tags, no duplicate keys, bounded
-size and depth: whatever the bytes, the result is data or `Problem`s, never an exception.
+YAML 1.2 core scalars only (`no`, `on` and `12:30` are strings), no aliases, no tags, no duplicate keys,
+bounded size and depth: whatever the bytes, the result is data or `Problem`s, never an exception.
 """
 
 import re
@@ -85,7 +85,7 @@ class Source:
         return self.problem(self._text.count("\n", 0, index) + 1, index - line_start + 1, message)
 
     def prune(self, path: Path) -> bool:
-        """Drop the value at `path`, so that what is left can be checked. False when there is nothing to drop."""
+        """Drop the value at `path`, so that the rest can be checked. False when there is nothing to drop."""
         if not path or self._root is None:
             return False
         parent = self._find(path[:-1], exact=True)
@@ -163,7 +163,7 @@ class Source:
             self._inspect_keys(node)
             for _, value in node.value:
                 self._inspect(value, seen, depth + 1)
-        elif node.style is None and _scalar(node) is _NOT_A_NUMBER:
+        elif isinstance(node, yaml.ScalarNode) and node.style is None and _scalar(node) is _NOT_A_NUMBER:
             self._complain(mark, f"number {node.value[:40]} is too long or not finite")
 
     def _inspect_keys(self, node: yaml.MappingNode) -> None:
@@ -193,7 +193,7 @@ class Source:
         return place
 
     def _index_of(self, node: yaml.ScalarNode, offset: int) -> int:
-        """Where character `offset` of a scalar's value stands in the text: quotes, folds and indents skipped."""
+        """Where character `offset` of a scalar stands in the text: quotes, folds and indents skipped."""
         index, end = node.start_mark.index, node.end_mark.index
         if node.style in ("|", ">"):
             index = min(self._text.find("\n", index) + 1, end)
@@ -228,6 +228,7 @@ def _plain(node: yaml.Node) -> object:
         return {key.value: _plain(value) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]
+    assert isinstance(node, yaml.ScalarNode), "YAML has three kinds of node"
     return node.value if node.style is not None else _scalar(node)
 
 

@@ -67,7 +67,7 @@ class RuleState:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All rules, what held at the last tick, and each policy's recent steps, shadowed ones apart (`limits`)."""
+    """All rules, what held at the last tick, each policy's recent steps (shadowed ones apart)."""
 
     rules: Mapping[RuleKey, RuleState] = field(default_factory=dict)
     leases: Mapping[Target, LeaseWish] = field(default_factory=dict)

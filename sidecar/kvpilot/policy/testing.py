@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpilot.knobs import KNOBS
+from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.cases import Case, Expected
 from kvpilot.policy.context import Context
@@ -90,7 +91,8 @@ def run_case(policy: Policy, case: Case) -> CaseResult:
     """Run one test; it goes on after a difference, so that all are seen at once."""
     policy = replace(policy, mode="enforce")
     knobs = _manifest(policy, case)
-    state, values, diff = State(), {}, []
+    state, diff = State(), list[str]()
+    values: dict[tuple[str, Scope], float] = {}
     waiting = list(case.expected)
     for tick in range(case.ticks):
         now_ns = tick * case.tick_ns
