@@ -2,7 +2,7 @@
 
 The draft keeps its KV in the same blocks as the target. `Request.draft_computed` counts the positions of it
 that are valid; what is missing (a whole prompt, when speculation has been off) is computed here, at most
-`CATCH_UP_TOKENS` a step, so that switching speculation on neither stalls a step nor needs memory nobody
+`DRAFT_CATCH_UP_TOKENS` a step, so that switching speculation on neither stalls a step nor needs memory nobody
 planned. A sequence that has not caught up proposes nothing this step.
 
 k rounds of one forward each, batched over sequences; per round the Python work is O(sequences).
@@ -14,13 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvengine.model.footprint import DRAFT_CATCH_UP_TOKENS
 from kvengine.model.llama import Span
 from kvengine.model.sampling import is_greedy, probs, sample
 from kvengine.request import Request
-
-CATCH_UP_TOKENS = 512
-Piece = Span
-
 
 Forward = Callable[[Sequence[Span]], Tensor]
 """One pass of the draft model: logits [spans, vocab] after the last token of each span."""
@@ -83,7 +80,7 @@ def settle(requests: Sequence[Request], counts: Sequence[int], accepted: Sequenc
 def _catch_up(requests: Sequence[Request], wanted: Sequence[int]) -> tuple[list[int], list[Span], list[int]]:
     """Rows that can draft now, widest first; the first pass's spans, theirs in front; drafts of each row."""
     missing = [len(request.tokens) - request.draft_computed for request in requests]
-    budget = max(CATCH_UP_TOKENS, 2 * len(requests))
+    budget = max(DRAFT_CATCH_UP_TOKENS, 2 * len(requests))
     counts = [0] * len(requests)
     behind: list[Span] = []
     # The least behind first: who drafted in the last step lacks one or two tokens and always fits.

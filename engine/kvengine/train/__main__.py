@@ -16,7 +16,8 @@ from kvengine.model.vocabulary import VOCAB_SIZE
 from kvengine.train import checkpoint
 from kvengine.train.corpus import Corpus
 from kvengine.train.dense import DenseLlama, Shape
-from kvengine.train.loop import Phase, loss_by_position, train
+from kvengine.train.held_out import near_and_far
+from kvengine.train.loop import Phase, train
 
 MAX_TOKENS = 2048
 TARGET = Shape(
@@ -50,7 +51,6 @@ DRAFT_PHASES = (
     Phase(250, 1, MAX_TOKENS, 0.5, 0.02),
 )
 WEIGHTS = Path(__file__).parents[1] / "weights"
-NEAR, FAR = slice(100, 160), slice(1500, 2000)
 
 
 def main() -> None:
@@ -85,8 +85,7 @@ def _finish(model: DenseLlama, folder: Path, held_out: Corpus) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{folder}: {parameters:,} parameters, {size_bytes:,} bytes")
     for domain in TARGET_DOMAINS[:2]:
-        losses = loss_by_position(model, held_out, domain, windows=24, seed=0)
-        near, far = losses[NEAR].mean().item(), losses[FAR].mean().item()
+        near, far = near_and_far(model, held_out, domain, windows=24, seed=0)
         print(f"  {domain}: {near:.3f} nats/byte at 100-160, {far:.3f} at 1500-2000 ({far / near - 1:+.1%})")
 
 

@@ -92,15 +92,3 @@ def _loss(model: DenseLlama, windows: Tensor, teacher: DenseLlama | None) -> Ten
     with torch.no_grad():
         wanted = teacher(inputs).flatten(0, 1).softmax(-1)
     return F.cross_entropy(logits, wanted)
-
-
-@torch.no_grad()
-def loss_by_position(model: DenseLlama, corpus: Corpus, domain: str, windows: int, seed: int) -> Tensor:
-    """Mean held-out nats a byte at each position of full-length windows."""
-    length = model.shape.max_position_embeddings
-    rng = random.Random(seed)
-    total = torch.zeros(length)
-    for _ in range(windows):
-        window = corpus.window(domain, 1, length, rng)
-        total += F.cross_entropy(model(window[:, :-1])[0], window[0, 1:], reduction="none")
-    return total / windows

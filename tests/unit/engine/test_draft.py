@@ -136,7 +136,7 @@ def test_wrong_rollback_is_caught(mutant: Settle, noise: float) -> None:
 
 
 def test_catching_up_is_bounded_and_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft, "CATCH_UP_TOKENS", 64)
+    monkeypatch.setattr(draft, "DRAFT_CATCH_UP_TOKENS", 64)
     requests = requests_of([10, 300, 20], temperature=0.7)
     forward = PagedDraft(requests, noise=1.0)
     seen = []
@@ -156,7 +156,7 @@ def test_a_step_in_which_all_catch_up_drafts_nothing_and_still_samples() -> None
     forward = PagedDraft(requests, noise=0.0)
     assert step(forward, requests, [4]) == [0]
     assert len(requests[0].tokens) == 601
-    assert requests[0].draft_computed == draft.CATCH_UP_TOKENS
+    assert requests[0].draft_computed == draft.DRAFT_CATCH_UP_TOKENS
     assert step(forward, requests, [4]) == [4]
 
 
