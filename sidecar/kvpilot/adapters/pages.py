@@ -1,0 +1,74 @@
+"""Where an adapter finds pages: in the link's directories, or, in virtual time, in memory."""
+
+from typing import Protocol
+
+from kvpilot.clock import Clock
+from kvpilot.link import files
+from kvpilot.link.controls import ControlsWriter
+from kvpilot.link.files import WritablePage
+from kvpilot.link.following import newest_telemetry, open_pages
+from kvpilot.link.page import PageHeader
+from kvpilot.link.place import LinkPlace
+
+
+class Page(Protocol):
+    """Another process's page."""
+
+    @property
+    def header(self) -> PageHeader: ...
+    def read_at(self, offset: int, size: int) -> bytes: ...
+    def is_locked(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Pages(Protocol):
+    """What is there to be read now. Raises LinkError where it cannot be used."""
+
+    def telemetry(self) -> Page | None: ...
+    def valves(self) -> list[Page]: ...
+
+
+class LinkFiles:
+    """The pages of one engine rank in the link's directories."""
+
+    def __init__(self, place: LinkPlace, rank: int = 0) -> None:
+        self.place = place
+        self.rank = rank
+
+    def telemetry(self) -> Page | None:
+        """The newest page whose engine lives."""
+        return newest_telemetry(self.place.telemetry_directory(self.rank), self.place.uids)
+
+    def valves(self) -> list[Page]:
+        """Pages of all valves that live."""
+        return list(open_pages(self.place.telemetry_directory(None), "valve", self.place.uids, locked=True))
+
+
+class Controls:
+    """The two controls pages that one pilot writes, locked for as long as it lives."""
+
+    def __init__(
+        self, engine: ControlsWriter, valve: ControlsWriter, pages: tuple[WritablePage, ...] = ()
+    ) -> None:
+        self.engine = engine
+        self.valve = valve
+        self._pages = pages
+
+    @classmethod
+    def open(cls, place: LinkPlace, clock: Clock, rank: int = 0) -> "Controls":
+        """Take the controls. Raises LinkError where another pilot has them, and names it."""
+        engine, engine_page = files.open_controls(place, rank, clock)
+        try:
+            valve, valve_page = files.open_controls(place, None, clock)
+        except BaseException:
+            engine.close()
+            engine_page.close()
+            raise
+        return cls(engine, valve, (engine_page, valve_page))
+
+    def close(self) -> None:
+        """Give the controls up; what was last written stays readable."""
+        self.engine.close()
+        self.valve.close()
+        for page in self._pages:
+            page.close()

@@ -1,0 +1,259 @@
+"""kvpilot.yaml: which engine, whose promises, which policies, whom to tell, where to listen.
+
+Every mistake in the file is reported at once, one line each with file, line and column. Relative paths are
+relative to the file. Durations are seconds as a number, or `40ms`, `5s`, `2m`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kvpilot.clock import NS
+from kvpilot.inside.callers import Callers, CallersError
+from kvpilot.policy.context import Slo
+from kvpilot.policy.quantity import parse_duration
+from kvpilot.policy.source import Problem, Source
+
+RESERVED_CLASS_NAMES = ("itl", "ttft")
+"""`slo.itl` and `slo.ttft` are the tightest over classes, so no class may take those names."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `str()` is one line for each mistake."""
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return parse_duration(value) / NS
+    return float(value)
+
+
+def _http(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url[:40]!r} is not an http:// or https:// address")
+    return url
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=86_400)]
+Positive = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=86_400)]
+File = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class EngineLink(_Model):
+    """Where the engine's pages are; what is not written comes from KVPILOT_ENGINE, _TELEMETRY and _CONTROLS."""
+
+    name: Name | None = None
+    telemetry: File | None = None
+    controls: File | None = None
+
+
+class ClassSlo(_Model):
+    """One class of requests and what it is promised. TTFT is a base plus a share for each prompt token."""
+
+    name: Name
+    ttft: Positive
+    itl: Positive
+    ttft_per_prompt_token: Seconds = 0.0
+
+
+class Arm(_Model):
+    """When rules may act on an engine that has just started: both must hold."""
+
+    after: Seconds = 60.0
+    finished: int = Field(default=20, ge=0)
+
+
+class Receiver(_Model):
+    """Whom `notify` reaches: a webhook that takes Alertmanager's version 4 body."""
+
+    name: str = Field(min_length=1)
+    url: Annotated[str, AfterValidator(_http)]
+
+
+class Api(_Model):
+    """Where the read-only HTTP answers. Port 0 takes any free one."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=9477, ge=0, le=65_535)
+
+
+class Config(_Model):
+    """The whole file."""
+
+    engine: EngineLink = EngineLink()
+    classes: tuple[ClassSlo, ...] = Field(min_length=1, max_length=8)
+    policies: File | None = None
+    callers: File | None = None
+    arm: Arm = Arm()
+    receivers: tuple[Receiver, ...] = ()
+    api: Api = Api()
+    journal: File | None = None
+    socket: File | None = None
+
+    @property
+    def engine_name(self) -> str:
+        return self.engine.name or ""
+
+    @property
+    def slo(self) -> Slo:
+        """What policies see as `slo`: seconds, tightest over classes and by class."""
+        by_class = {each.name: {"itl": each.itl, "ttft": each.ttft} for each in self.classes}
+        tightest = {key: min(each[key] for each in by_class.values()) for key in ("itl", "ttft")}
+        return {**tightest, **by_class}
+
+
+def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read and check the file, and fill in what it leaves to the environment. Raises ConfigError."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror}: name the configuration with --config, or write kvpilot.yaml here"
+        ) from error
+    if not raw.strip():
+        raise ConfigError(f"{path}:1:1: empty: at least `classes` is needed")
+    source = Source(str(path), raw)
+    if source.problems:
+        raise _errors(source.problems)
+    data = source.data()
+    if not isinstance(data, dict):
+        raise _errors([source.at((), "must be a mapping that begins with `engine:`, `classes:` and so on")])
+    try:
+        config = Config.model_validate(_tuples(data))
+    except ValidationError as error:
+        raise _errors([_problem(source, item) for item in error.errors()]) from None
+    config = _completed(config, path.parent, environ)
+    problems = _check(config, source)
+    if problems:
+        raise _errors(problems)
+    return config
+
+
+def _completed(config: Config, base: Path, environ: Mapping[str, str]) -> Config:
+    """Relative paths resolved, and defaults that depend on the environment."""
+    engine = config.engine
+    name = engine.name or environ.get("KVPILOT_ENGINE") or "engine"
+    telemetry = engine.telemetry or _from_environment(environ, "KVPILOT_TELEMETRY")
+    controls = engine.controls or _from_environment(environ, "KVPILOT_CONTROLS")
+    runtime = Path(environ.get("XDG_RUNTIME_DIR") or f"/tmp/kvpilot-{os.getuid()}") / "kvpilot"
+    state = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "kvpilot"
+    return config.model_copy(
+        update={
+            "engine": EngineLink(
+                name=name,
+                telemetry=base / telemetry if telemetry else None,
+                controls=base / controls if controls else None,
+            ),
+            "policies": base / config.policies if config.policies else None,
+            "callers": base / config.callers if config.callers else None,
+            "journal": base / config.journal if config.journal else state / f"{name}.sqlite",
+            "socket": base / config.socket if config.socket else runtime / f"{name}.sock",
+        }
+    )
+
+
+def _from_environment(environ: Mapping[str, str], name: str) -> Path | None:
+    return Path(environ[name]).absolute() if environ.get(name) else None
+
+
+def _check(config: Config, source: Source) -> list[Problem]:
+    """What no single field can know."""
+    problems = []
+    for key in ("telemetry", "controls"):
+        if getattr(config.engine, key) is None:
+            variable = f"KVPILOT_{key.upper()}"
+            problems.append(
+                source.at(
+                    ("engine",), f"no `{key}` directory: write `engine: {{{key}: DIR}}` or set {variable}"
+                )
+            )
+    problems += _duplicates(source, "classes", [each.name for each in config.classes])
+    problems += _duplicates(source, "receivers", [each.name for each in config.receivers])
+    for index, each in enumerate(config.classes):
+        if each.name in RESERVED_CLASS_NAMES:
+            problems.append(source.at(("classes", index, "name"), f"a class cannot be called '{each.name}'"))
+    if config.policies is not None and not config.policies.is_dir():
+        problems.append(source.at(("policies",), f"{config.policies} is not a directory"))
+    problems += _check_callers(config, source)
+    return problems
+
+
+def _duplicates(source: Source, key: str, names: list[str]) -> list[Problem]:
+    return [
+        source.at((key, index, "name"), f"two {key} are called '{name}'")
+        for index, name in enumerate(names)
+        if name in names[:index]
+    ]
+
+
+def _check_callers(config: Config, source: Source) -> list[Problem]:
+    """The valve classifies by the callers file: class names, lowest first, must be the same in both."""
+    if config.callers is None:
+        return []
+    try:
+        known = list(Callers.load(config.callers).classes)
+    except CallersError as error:
+        return [source.at(("callers",), str(error))]
+    here = [each.name for each in config.classes]
+    if here == known:
+        return []
+    return [
+        source.at(
+            ("classes",),
+            f"classes, lowest first, are {', '.join(here)} here and {', '.join(known)} in {config.callers}",
+        )
+    ]
+
+
+def _tuples(value: Any) -> Any:
+    """Strict pydantic takes a tuple where the model says tuple; YAML has lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+_MESSAGES = {
+    "extra_forbidden": "unknown key '{key}' (known: {known})",
+    "missing": "'{key}' is missing",
+    "string_pattern_mismatch": "not a name: letters, digits, '-', '_' and '.'",
+}
+
+
+def _problem(source: Source, error: Any) -> Problem:
+    """One pydantic error, in this file's terms."""
+    path, kind = error["loc"], error["type"]
+    if kind == "value_error":
+        return source.at(path, f"{path[-1]}: {error['ctx']['error']}")
+    if kind in _MESSAGES:
+        known = ", ".join(_known_keys(path[:-1]))
+        message = _MESSAGES[kind].format(key=path[-1], known=known)
+        return source.at(path, message, key=kind == "extra_forbidden")
+    message = error["msg"].replace("Input should be", "should be")
+    return source.at(path, f"{path[-1] if path else 'file'}: {message}")
+
+
+def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+    models: dict[object, type[BaseModel]] = {
+        "engine": EngineLink,
+        "classes": ClassSlo,
+        "arm": Arm,
+        "receivers": Receiver,
+        "api": Api,
+    }
+    model = models.get(path[0], Config) if path else Config
+    return list(model.model_fields)
+
+
+def _errors(problems: list[Problem]) -> ConfigError:
+    ordered = sorted(problems, key=lambda problem: (problem.line, problem.column))
+    return ConfigError("\n".join(str(problem) for problem in ordered))

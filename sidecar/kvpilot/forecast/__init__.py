@@ -1,0 +1,1 @@
+"""Forecasts: plain samples in, a number or why there is none out. They enter policies as signals."""

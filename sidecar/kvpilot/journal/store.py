@@ -1,0 +1,211 @@
+"""The journal's file: one SQLite database in WAL mode, written by one pilot, readable by anybody meanwhile.
+
+Bounded: `prune` keeps the newest rows of each table. A batch is one transaction: it is in whole or not at all.
+Not thread-safe; the pilot's writer thread is its only user once the pilot flies.
+"""
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kvpilot.journal.records import (
+    DecisionRecord,
+    EffectRecord,
+    EventRecord,
+    OverrideRecord,
+    Record,
+    SwitchRecord,
+    VerdictRecord,
+)
+
+KEEP_ROWS = 200_000
+"""Per table. A decision is about 300 bytes: the file stays under some 100 MB."""
+
+FORMAT = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS decisions (
+    number INTEGER PRIMARY KEY, at_wall_ns INTEGER, engine_nonce TEXT, policy TEXT, rule TEXT, knob TEXT, scope TEXT,
+    before REAL, after REAL, verdict TEXT, reason TEXT, inputs TEXT, confirmed_after_s REAL);
+CREATE TABLE IF NOT EXISTS effects (
+    id INTEGER PRIMARY KEY, at_wall_ns INTEGER, policy TEXT, rule TEXT, input TEXT, expected TEXT, before REAL,
+    after REAL, met INTEGER, reason TEXT);
+CREATE TABLE IF NOT EXISTS overrides (
+    id INTEGER PRIMARY KEY, at_wall_ns INTEGER, knob TEXT, scope TEXT, value REAL, until_wall_ns INTEGER, why TEXT,
+    who TEXT);
+CREATE TABLE IF NOT EXISTS switches (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, off INTEGER, why TEXT, who TEXT);
+CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, kind TEXT, detail TEXT);
+"""
+_DECISIONS = (
+    "SELECT number, at_wall_ns, engine_nonce, policy, rule, knob, scope, before, after, verdict, reason, inputs"
+    " FROM decisions"
+)
+_TABLES = {"decisions": "number", "effects": "id", "overrides": "id", "switches": "id", "events": "id"}
+
+
+class JournalError(Exception):
+    """The journal cannot be used; the message is one line."""
+
+
+class JournalStore:
+    """An open journal."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            # WAL with NORMAL never corrupts; a power cut may lose the last second of rows.
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            version = self._database.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, FORMAT):
+                raise JournalError(
+                    f"journal {path}: format {version}, this kvpilot knows {FORMAT}: move the file away"
+                )
+            self._database.executescript(_SCHEMA)
+            self._database.execute(f"PRAGMA user_version={FORMAT}")
+        except OSError as error:
+            raise JournalError(
+                f"journal {path}: {error.strerror}: write `journal: FILE` in kvpilot.yaml"
+            ) from error
+        except sqlite3.Error as error:
+            raise JournalError(
+                f"journal {path}: {error}: move the file away, or name another as `journal`"
+            ) from error
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Add a batch. Raises sqlite3.Error, and then none of it is in."""
+        database = self._database
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            for record in records:
+                database.execute(*_statement(record))
+            database.execute("COMMIT")
+        except BaseException:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            raise
+
+    def prune(self, keep_rows: int = KEEP_ROWS) -> None:
+        """Drop all but the newest rows of each table; orders in force are newer than what this drops."""
+        for table, key in _TABLES.items():
+            self._database.execute(
+                f"DELETE FROM {table} WHERE {key} <= (SELECT max({key}) FROM {table}) - ?", (keep_rows,)
+            )
+
+    def last_number(self) -> int:
+        """The number of the newest decision; 0 before the first."""
+        return int(self._database.execute("SELECT coalesce(max(number), 0) FROM decisions").fetchone()[0])
+
+    def decisions(self, last: int) -> list[DecisionRecord]:
+        """The newest decisions, newest first."""
+        rows = self._database.execute(f"{_DECISIONS} ORDER BY number DESC LIMIT ?", (last,))
+        return [_decision(row) for row in rows]
+
+    def decision(self, number: int) -> DecisionRecord | None:
+        """The decision of that number, if the journal still has it."""
+        row = self._database.execute(f"{_DECISIONS} WHERE number = ?", (number,)).fetchone()
+        return None if row is None else _decision(row)
+
+    def effects(self, last: int) -> list[EffectRecord]:
+        """The newest effects, newest first."""
+        rows = self._database.execute(
+            "SELECT at_wall_ns, policy, rule, input, expected, before, after, met, reason FROM effects"
+            " ORDER BY id DESC LIMIT ?",
+            (last,),
+        )
+        return [EffectRecord(*row) for row in rows]
+
+    def overrides_in_force(self, now_wall_ns: int) -> list[OverrideRecord]:
+        """For each knob and scope its newest order, if that has not ended."""
+        rows = self._database.execute(
+            "SELECT at_wall_ns, knob, scope, value, until_wall_ns, why, who FROM overrides"
+            " WHERE id IN (SELECT max(id) FROM overrides GROUP BY knob, scope)"
+            " AND value IS NOT NULL AND until_wall_ns > ? ORDER BY id",
+            (now_wall_ns,),
+        )
+        return [OverrideRecord(*row) for row in rows]
+
+    def switch(self) -> SwitchRecord | None:
+        """The newest off or on."""
+        row = self._database.execute(
+            "SELECT at_wall_ns, off, why, who FROM switches ORDER BY id DESC LIMIT 1"
+        ).fetchone()
+        return None if row is None else SwitchRecord(row[0], bool(row[1]), row[2], row[3])
+
+    def close(self) -> None:
+        """Close the file; the WAL is folded in."""
+        self._database.close()
+
+
+def _decision(row: tuple[Any, ...]) -> DecisionRecord:
+    number, at_wall_ns, nonce, *rest, inputs = row
+    return DecisionRecord(number, at_wall_ns, int(nonce, 16), *rest, inputs=json.loads(inputs))
+
+
+def _statement(record: Record) -> tuple[str, tuple[object, ...]]:
+    match record:
+        case DecisionRecord():
+            return (
+                "INSERT OR REPLACE INTO decisions VALUES (?,?,?,?,?,?,?,?,?,?,?,?,NULL)",
+                (
+                    record.number,
+                    record.at_wall_ns,
+                    f"{record.engine_nonce:016x}",  # SQLite's integers are signed: a nonce of 64 bits does not fit.
+                    record.policy,
+                    record.rule,
+                    record.knob,
+                    record.scope,
+                    record.before,
+                    record.after,
+                    record.verdict,
+                    record.reason,
+                    json.dumps({name: _plain(value) for name, value in record.inputs.items()}),
+                ),
+            )
+        case VerdictRecord():
+            return "UPDATE decisions SET verdict = ?, confirmed_after_s = ? WHERE number = ?", (
+                record.verdict,
+                record.after_s,
+                record.number,
+            )
+        case EffectRecord():
+            return "INSERT INTO effects VALUES (NULL,?,?,?,?,?,?,?,?,?)", (
+                record.at_wall_ns,
+                record.policy,
+                record.rule,
+                record.input,
+                record.expected,
+                record.before,
+                record.after,
+                record.met,
+                record.reason,
+            )
+        case OverrideRecord():
+            return "INSERT INTO overrides VALUES (NULL,?,?,?,?,?,?,?)", (
+                record.at_wall_ns,
+                record.knob,
+                record.scope,
+                record.value,
+                record.until_wall_ns,
+                record.why,
+                record.who,
+            )
+        case SwitchRecord():
+            return "INSERT INTO switches VALUES (NULL,?,?,?,?)", (
+                record.at_wall_ns,
+                record.off,
+                record.why,
+                record.who,
+            )
+        case EventRecord():
+            return "INSERT INTO events VALUES (NULL,?,?,?)", (record.at_wall_ns, record.kind, record.detail)
+
+
+def _plain(value: float | str) -> float | str:
+    """JSON has no infinity."""
+    return value if isinstance(value, str) or math.isfinite(value) else str(value)

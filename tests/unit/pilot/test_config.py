@@ -1,0 +1,140 @@
+"""kvpilot.yaml: what it means, and that each mistake is one line with its place."""
+
+import json
+from pathlib import Path
+
+import pytest
+from kvpilot.config import Config, ConfigError, load
+
+GOOD = """\
+engine: {name: lab, telemetry: t, controls: /abs/c}
+classes:
+  - {name: batch, ttft: 5s, itl: 100ms}
+  - {name: interactive, ttft: 0.5, itl: 40ms, ttft_per_prompt_token: 0.5ms}
+arm: {after: 0s, finished: 0}
+receivers:
+  - {name: oncall, url: "http://127.0.0.1:9/hook"}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "kvpilot.yaml"
+    path.write_text(text)
+    return path
+
+
+def loaded(folder: Path, text: str, **environ: str) -> Config:
+    return load(write(folder, text), environ)
+
+
+def mistakes(folder: Path, text: str, **environ: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        loaded(folder, text, **environ)
+    return [line.removeprefix(f"{folder}/") for line in str(caught.value).splitlines()]
+
+
+def test_durations_are_seconds_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    config = loaded(tmp_path, GOOD)
+    assert config.engine.telemetry == tmp_path / "t"
+    assert config.engine.controls == Path("/abs/c")
+    assert [each.ttft for each in config.classes] == [5.0, 0.5]
+    assert config.classes[1].ttft_per_prompt_token == 0.0005
+    assert (config.arm.after, config.arm.finished) == (0.0, 0)
+
+
+def test_slo_is_the_tightest_over_classes_and_each_class(tmp_path: Path) -> None:
+    assert loaded(tmp_path, GOOD).slo == {
+        "itl": 0.040,
+        "ttft": 0.5,
+        "batch": {"itl": 0.100, "ttft": 5.0},
+        "interactive": {"itl": 0.040, "ttft": 0.5},
+    }
+
+
+def test_the_environment_names_the_engine_where_the_file_does_not(tmp_path: Path) -> None:
+    config = loaded(
+        tmp_path,
+        "classes: [{name: all, ttft: 1s, itl: 1s}]",
+        KVPILOT_ENGINE="e7",
+        KVPILOT_TELEMETRY="/t",
+        KVPILOT_CONTROLS="/c",
+        XDG_RUNTIME_DIR="/run/me",
+        XDG_STATE_HOME="/state",
+    )
+    assert (config.engine.name, config.engine.telemetry, config.engine.controls) == (
+        "e7",
+        Path("/t"),
+        Path("/c"),
+    )
+    assert config.socket == Path("/run/me/kvpilot/e7.sock")
+    assert config.journal == Path("/state/kvpilot/e7.sqlite")
+
+
+def test_an_engine_without_directories_is_told_what_to_write(tmp_path: Path) -> None:
+    lines = mistakes(tmp_path, "classes: [{name: all, ttft: 1s, itl: 1s}]")
+    assert lines == [
+        "kvpilot.yaml:1:1: no `telemetry` directory: write `engine: {telemetry: DIR}` or set KVPILOT_TELEMETRY",
+        "kvpilot.yaml:1:1: no `controls` directory: write `engine: {controls: DIR}` or set KVPILOT_CONTROLS",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("ttft: 5s", "ttft: 5"), None),
+        (
+            ("ttft: 5s", "ttft: 5 seconds"),
+            "kvpilot.yaml:3:25: ttft: 5 seconds is not a duration: write 250ms, 5s or 2m",
+        ),
+        (("ttft: 5s", "ttft: 0s"), "kvpilot.yaml:3:25: ttft: should be greater than 0"),
+        (("itl: 100ms", "itlx: 1s"), "kvpilot.yaml:3:5: 'itl' is missing"),
+        (
+            ("finished: 0", "finishd: 0"),
+            "kvpilot.yaml:5:18: unknown key 'finishd' (known: after, finished)",
+        ),
+        (
+            ("http:", "ftp:"),
+            "kvpilot.yaml:7:25: url: 'ftp://127.0.0.1:9/hook' is not an http:// or https:// address",
+        ),
+        (("name: interactive", "name: batch"), "kvpilot.yaml:4:12: two classes are called 'batch'"),
+        (("name: batch", "name: itl"), "kvpilot.yaml:3:12: a class cannot be called 'itl'"),
+        (("arm: {", "arm: [{"), "kvpilot.yaml:6:1: not YAML: while parsing a flow sequence"),
+        (("arm:", "policies: nowhere\narm:"), "kvpilot.yaml:5:11: {folder}/nowhere is not a directory"),
+        (("name: batch", "name: no"), None),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place(
+    tmp_path: Path, change: tuple[str, str], expected: str | None
+) -> None:
+    text = GOOD.replace(*change)
+    if expected is None:
+        loaded(tmp_path, text)
+    else:
+        lines = mistakes(tmp_path, text)
+        assert any(line.startswith(expected.replace("{folder}", str(tmp_path))) for line in lines), lines
+
+
+def test_all_mistakes_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    lines = mistakes(tmp_path, GOOD.replace("5s", "x").replace("finished: 0", "finished: -1"))
+    assert [line.split(":")[1] for line in lines] == ["3", "5"]
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "- 1\n", "just words", "\x00", "classes: []"])
+def test_what_is_no_configuration_says_so(tmp_path: Path, text: str) -> None:
+    assert len(mistakes(tmp_path, text)) == 1
+
+
+def test_no_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"No such file or directory: name the configuration with --config"):
+        load(tmp_path / "absent.yaml", {})
+
+
+def test_classes_must_agree_with_the_callers_file(tmp_path: Path) -> None:
+    (tmp_path / "callers.json").write_text(json.dumps({"classes": {"interactive": 0, "batch": 1}}))
+    text = GOOD + "callers: callers.json\n"
+    assert mistakes(tmp_path, text) == [
+        "kvpilot.yaml:3:3: classes, lowest first, are batch, interactive here and interactive, batch in "
+        f"{tmp_path}/callers.json"
+    ]
+    (tmp_path / "callers.json").write_text("{")
+    assert "not JSON" in mistakes(tmp_path, text)[0]
