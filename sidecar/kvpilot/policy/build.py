@@ -120,7 +120,7 @@ class Builder:
             self._at((*path, "agg"), message)
         elif given.agg == "last" and given.window is not None:
             self._at((*path, "window"), "agg last is the newest sample: it takes no window", key=True)
-        elif given.agg != "last" and not given.window:
+        elif given.agg != "last" and not given.window and self._source.complete(path):
             self._at(path, f"agg {given.agg} needs a window, such as `window: 5s`", key=True)
 
     def _rule(
@@ -131,7 +131,7 @@ class Builder:
         if given.protective and file.spec.priority < PROTECTIVE_PRIORITY:
             message = f"needs spec.priority of {PROTECTIVE_PRIORITY} or more, not {file.spec.priority}"
             self._at((*path, "protective"), message)
-        if not given.do and given.notify is None:
+        if not given.do and given.notify is None and self._source.complete(path):
             self._at(path, f"rule '{given.name}' does nothing: give it `do` or `notify`")
         when = self._expression((*path, "when"), given.when, "bool")
         until = None if given.until is None else self._expression((*path, "until"), given.until, "bool")
@@ -180,7 +180,9 @@ class Builder:
     def _action(self, path: Path, given: Do) -> Action | None:
         kinds = [kind for kind in ("set", "add", "multiply") if getattr(given, kind) is not None]
         if len(kinds) != 1:
-            self._at(path, f"needs exactly one of set, add, multiply; has {' and '.join(kinds) or 'none'}")
+            if kinds or self._source.complete(path):
+                has = " and ".join(kinds) or "none"
+                self._at(path, f"needs exactly one of set, add, multiply; has {has}")
             return None
         knob = self._knob((*path, "knob"), given.knob)
         scope = self._scope((*path, "scope"), given.scope, knob)
@@ -236,7 +238,7 @@ class Builder:
         knob = self._knob((*path, "knob"), given.knob)
         scope = None if given.scope is None else self._scope((*path, "scope"), given.scope, knob)
         mine = [a for a in actions if a is not None and a.knob == given.knob and scope in (None, a.scope)]
-        if not mine and None not in actions:
+        if not mine and None not in actions and self._source.complete((*path[:-2], "do")):
             self._at((*path, "knob"), f"recovers {given.knob}, which this rule's `do` does not move")
         if given.every <= 0:
             self._at((*path, "every"), "must be above 0s")
@@ -263,7 +265,8 @@ class Builder:
         if not rule.do:
             self._at(path, "nothing to verify: the rule has no `do`", key=True)
         if (given.falls is None) == (given.rises is None):
-            self._at(path, "needs exactly one of falls, rises", key=True)
+            if given.falls is not None or self._source.complete(path):
+                self._at(path, "needs exactly one of falls, rises", key=True)
             return None
         if given.within <= 0:
             self._at((*path, "within"), "must be above 0s")

@@ -8,7 +8,6 @@ from kvpilot.knobs import KNOBS
 from kvpilot.policy.build import did_you_mean
 from kvpilot.policy.context import Slo
 from kvpilot.policy.expr import Reading
-from kvpilot.policy.rules import Policy
 from kvpilot.policy.schema import Expectation, TestModel
 from kvpilot.policy.series import STALE, SeriesError, parse_series
 from kvpilot.policy.source import Path, Source
@@ -52,17 +51,19 @@ class Case:
 
 
 def build_cases(
-    source: Source, tests: Sequence[TestModel], policy: Policy, rules: AbstractSet[str]
+    source: Source, tests: Sequence[TestModel], inputs: Sequence[str], rules: AbstractSet[str]
 ) -> list[Case]:
     """The cases of `tests`; problems go to `source.problems`. `rules` are the file's rule names."""
-    return [_case(source, ("tests", i), test, policy, rules) for i, test in enumerate(tests)]
+    return [_case(source, ("tests", i), test, inputs, rules) for i, test in enumerate(tests)]
 
 
-def _case(source: Source, path: Path, test: TestModel, policy: Policy, rules: AbstractSet[str]) -> Case:
+def _case(
+    source: Source, path: Path, test: TestModel, inputs: Sequence[str], rules: AbstractSet[str]
+) -> Case:
     series: dict[str, tuple[Reading, ...]] = {}
     for name, text in test.series.items():
-        if name not in policy.inputs:
-            hint = did_you_mean(name, policy.inputs)
+        if name not in inputs:
+            hint = did_you_mean(name, inputs)
             source.problems.append(
                 source.at((*path, "series", name), f"'{name}' is no input of this policy{hint}", True)
             )

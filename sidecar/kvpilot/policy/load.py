@@ -99,36 +99,37 @@ def _read(path: Path, problems: list[Problem]) -> bytes | None:
 
 def _load_one(source: Source, path: Path | None, classes: Sequence[str] | None) -> Loaded | None:
     """None, or a policy that is only to be used if `source.problems` is empty."""
-    declared = _declared(source.data())
+    inputs, rules = _declared(source.data())
     file = _validate(source, PolicyFile)
     if not isinstance(file, PolicyFile):
         return None
-    builder = Builder(source, declared, classes)
+    builder = Builder(source, inputs, classes)
     policy = builder.build(file)
     source.problems += builder.problems
-    rules = {rule.name for rule in file.spec.rules}
-    cases = build_cases(source, file.tests, policy, rules)
+    cases = build_cases(source, file.tests, inputs, rules)
     beside = None if path is None else path.with_name(f"{path.stem}.test{path.suffix}")
     if beside is not None and beside.is_file():
-        cases += _load_beside(beside, source, policy, rules)
+        cases += _load_beside(beside, source, inputs, rules)
     return Loaded(policy, tuple(cases))
 
 
-def _load_beside(path: Path, owner: Source, policy: Policy, rules: set[str]) -> list[Case]:
+def _load_beside(path: Path, owner: Source, inputs: Sequence[str], rules: set[str]) -> list[Case]:
     raw = _read(path, owner.problems)
     if raw is None:
         return []
     source = Source(str(path), raw)
     file = _validate(source, TestFile)
-    cases = build_cases(source, file.tests, policy, rules) if isinstance(file, TestFile) else []
+    cases = build_cases(source, file.tests, inputs, rules) if isinstance(file, TestFile) else []
     owner.problems += source.problems
     return cases
 
 
-def _declared(data: object) -> list[str]:
+def _declared(data: object) -> tuple[list[str], set[str]]:
+    """The names of all inputs and rules in the file, also of those that are wrong in themselves."""
     spec = data.get("spec") if isinstance(data, dict) else None
-    inputs = spec.get("inputs") if isinstance(spec, dict) else None
-    return list(inputs) if isinstance(inputs, dict) else []
+    inputs, rules = (spec.get("inputs"), spec.get("rules")) if isinstance(spec, dict) else (None, None)
+    names = [rule.get("name") for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
+    return list(inputs) if isinstance(inputs, dict) else [], {name for name in names if isinstance(name, str)}
 
 
 def _validate(source: Source, model: type[BaseModel]) -> BaseModel | None:
@@ -141,11 +142,13 @@ def _validate(source: Source, model: type[BaseModel]) -> BaseModel | None:
             return model.model_validate(data)
         except ValidationError as error:
             cuts: list[DataPath] = []
-            for detail in error.errors(include_url=False, include_context=False, include_input=False):
+            details = error.errors(include_url=False, include_context=False, include_input=False)
+            misspelt = {detail["loc"][:-1] for detail in details if detail["type"] == "extra_forbidden"}
+            for detail in details:
                 path = detail["loc"]
                 absent = detail["type"] == "missing"
-                # After the first cut, something missing is our own doing and no second mistake.
-                if attempt == 0 or not absent:
+                # After a cut, or beside a misspelt key, what is missing is no second mistake.
+                if not absent or (attempt == 0 and path[:-1] not in misspelt):
                     key = absent or detail["type"] == "extra_forbidden"
                     source.problems.append(
                         source.at(path, _message(detail["type"], detail["msg"], path), key)

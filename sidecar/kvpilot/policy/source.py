@@ -57,6 +57,7 @@ class Source:
         self.problems: list[Problem] = []
         self._text = ""
         self._root: yaml.Node | None = None
+        self._cut: set[int] = set()
         self._read(raw)
 
     def problem(self, line: int, column: int, message: str) -> Problem:
@@ -100,7 +101,14 @@ class Source:
             return False
         changed = len(kept) < len(node.value)
         node.value = kept
+        if changed:
+            self._cut.add(id(node))
         return changed
+
+    def complete(self, path: Sequence[str | int]) -> bool:
+        """Whether nothing was cut from the mapping or list at `path`: if something was, what lacks is no mistake."""
+        place = self._find(path, exact=True)
+        return place is not None and id(place.node) not in self._cut
 
     def _read(self, raw: bytes) -> None:
         if len(raw) > MAX_BYTES:
