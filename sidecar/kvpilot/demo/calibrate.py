@@ -1,8 +1,8 @@
-"""How fast is this engine on this machine? Measured before the legs, so that load and SLOs mean the same anywhere.
+"""How fast is this engine on this machine? Measured first, so that load and SLOs mean the same anywhere.
 
-Two figures, through the engine's own token times, at the engine's defaults: prompt tokens a second when one long
-prompt is alone, and output tokens a second when a full batch decodes. Their ratio `r` is what an output token costs
-in prompt tokens, which the score uses as well.
+Two figures, through the engine's own token times, at the engine's defaults: prompt tokens a second when one
+long prompt is alone, and output tokens a second when a full batch decodes. Their ratio `r` is what an output
+token costs in prompt tokens, which the score uses as well.
 """
 
 import asyncio
@@ -49,7 +49,9 @@ async def calibrate(base_url: str, model: str, prompt: Any) -> Calibration:
             }
             answer = await http.post(f"{base_url}/v1/completions", json=body)
             if answer.status_code != 200:
-                raise DemoError(f"the engine answered {answer.status_code} while measuring: {answer.text[:200]}")
+                raise DemoError(
+                    f"the engine answered {answer.status_code} while measuring: {answer.text[:200]}"
+                )
             times: dict[str, Any] = answer.json()["kvpilot"]
             return times
 
@@ -69,7 +71,7 @@ async def calibrate(base_url: str, model: str, prompt: Any) -> Calibration:
 
 
 def slos(calibration: Calibration) -> dict[str, Slo]:
-    """Targets relative to the machine: a few full-batch steps between tokens, a few prompts' time to the first."""
+    """Targets relative to the machine: a few full-batch steps a token, a few prompts' time to the first."""
     step_s, prompt_token_s = calibration.step_s, 1.0 / calibration.speed.prefill_tokens_per_s
     return {
         "batch": Slo(ttft_s=400 * step_s, itl_s=10 * step_s, ttft_s_per_prompt_token=8 * prompt_token_s),

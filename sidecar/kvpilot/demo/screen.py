@@ -43,10 +43,12 @@ class Screen:
             self._live.update(_panel(leg, elapsed_s, seconds, state))
         elif int(elapsed_s) != self._last_second and int(elapsed_s) % 5 == 0:
             self._last_second = int(elapsed_s)
+            knobs = state["knobs"]
             self.console.print(
-                f"  {leg}: {elapsed_s:4.0f} s  KV {state['kv_occupancy']:4.0%}  running {state['running']:.0f}  "
-                f"waiting {state['waiting']:.0f}  chunk {state['knobs'].get('prefill_chunk_tokens', 0):.0f}  "
-                f"drafts {state['knobs'].get('speculative_tokens', 0):.0f}"
+                f"  {leg}: {elapsed_s:4.0f} s  KV {state['kv_occupancy']:4.0%}  "
+                f"running {state['running']:.0f}  waiting {state['waiting']:.0f}  "
+                f"chunk {knobs.get('prefill_chunk_tokens', 0):.0f}  "
+                f"drafts {knobs.get('speculative_tokens', 0):.0f}"
             )
 
 

@@ -15,12 +15,12 @@ STATIC_SETTINGS: dict[str, dict[str, float]] = {
         "max_running": 12,
     },
 }
-"""What a careful operator might have set by hand. Held as constant leases, so that every leg flies one engine."""
+"""What a careful operator might have set by hand. Held as constant leases: every leg flies one engine."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """How the engine is configured and how hard it is driven. `load` is offered work over measured capacity."""
+    """How the engine is configured and driven. `load` is offered work over measured capacity."""
 
     name: ScenarioName
     summary: str
