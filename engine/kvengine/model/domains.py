@@ -24,7 +24,7 @@ _HELD_OUT_ONE_IN = 8
 _MIN_SOURCE_BYTES = 4096
 _FIRST_DAY = datetime(2026, 1, 1, tzinfo=UTC)
 
-_LEVELS = (("info", 80), ("debug", 10), ("warn", 7), ("error", 3))
+_LEVELS = {"info": 80, "debug": 10, "warn": 7, "error": 3}
 _STATUS = {"info": ("200", "200", "200", "201", "204"), "debug": ("200", "304"), "warn": ("404", "429")}
 # service -> (route, method, message) that belong together, so that a line is predictable once it has begun
 _ACTIONS = {
@@ -61,10 +61,9 @@ def log_lines(rng: random.Random) -> Iterator[str]:
     now = _FIRST_DAY + timedelta(milliseconds=rng.randrange(365 * 86_400_000))
     services = rng.sample(sorted(_ACTIONS), 3)
     hosts = [f"web-{number}" for number in rng.sample(range(1, 9), 2)]
-    levels, weights = zip(*_LEVELS, strict=True)
     while True:
         now += timedelta(milliseconds=rng.randrange(1, 900))
-        level = rng.choices(levels, weights)[0]
+        level = rng.choices(list(_LEVELS), list(_LEVELS.values()))[0]
         service = rng.choice(services)
         route, method, message = rng.choice(_ACTIONS[service])
         stamp = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")

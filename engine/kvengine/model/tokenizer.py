@@ -17,6 +17,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 
+from kvengine.errors import EngineError
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_PARTIAL_TOKENS = 3
 """A UTF-8 character has four bytes, so at most three tokens can be waiting for its end."""
@@ -24,7 +26,7 @@ _PATIENCE_TOKENS = 16
 """After this many tokens without one whole character the text is garbage, and is shown as such."""
 
 
-class TokenizerError(ValueError):
+class TokenizerError(EngineError):
     """A tokenizer directory that cannot be read, or text that it cannot turn into tokens: one line."""
 
 

@@ -1,13 +1,15 @@
-"""`python -m kvengine.train`: train the shipped target and draft from nothing, in minutes on one CPU core.
+"""`python -m kvengine.train`: train the shipped target and draft from nothing.
 
-The target learns both domains; its last phase reads whole windows of the model's full length, so that long
-contexts mean something. The draft learns log lines only, from the target's own distribution: it is good where
-it was taught and poor elsewhere, which gives the pilot a real speculation decision to make.
+About eight minutes of one CPU core. The target learns both domains; its last phase reads whole windows of the
+model's full length, so that long contexts mean something. The draft learns log lines only, from the target's
+own distribution: it is good where it was taught and poor elsewhere, which gives the pilot a real decision to
+make.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,7 +78,7 @@ def main() -> None:
         _finish(draft, arguments.out / "draft", held_out)
 
 
-def _say(name: str):
+def _say(name: str) -> Callable[[str], None]:
     return lambda line: print(f"{name}: {line}", flush=True)
 
 

@@ -1,6 +1,7 @@
 """The shipped weights are what the project says they are: small, at home in long contexts, and a pair whose
 draft pays on one domain and not on the other."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import kvengine
@@ -23,7 +24,7 @@ BLOCK, PROMPT, ROOM = 16, 160, 512
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -14,16 +14,17 @@ from torch import Tensor
 
 V, K, N = 8, 3, 400_000
 CRITICAL_63 = 103.4  # chi-square, 63 degrees of freedom, alpha = 1e-3
-Verify = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Verdict = tuple[Tensor, Tensor]
+Verify = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Verdict]
 
 
-def residual_from_p(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Tensor):
+def residual_from_p(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Tensor) -> Verdict:
     """Mutant: after a rejection draws from p in place of max(p - q, 0)."""
     accepted, _ = verify(p, q, tokens, counts, uniforms)
     return accepted, sample(p[torch.arange(len(p)), accepted], uniforms[:, -1])
 
 
-def inverted_ratio(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Tensor):
+def inverted_ratio(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Tensor) -> Verdict:
     """Mutant: accepts with probability q/p."""
     drafts = tokens.unsqueeze(-1)
     p_token, q_token = p[:, :-1].gather(-1, drafts).squeeze(-1), q.gather(-1, drafts).squeeze(-1)
@@ -32,7 +33,7 @@ def inverted_ratio(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniform
     return accepted, residual
 
 
-def no_bonus(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Tensor):
+def no_bonus(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Tensor) -> Verdict:
     """Mutant: after a full acceptance the last draft is emitted again in place of a bonus token."""
     accepted, following = verify(p, q, tokens, counts, uniforms)
     full = accepted == counts
