@@ -83,6 +83,7 @@ class ValvePageWriter:
             (_SUMMARY_OFFSET, _ROWS_OFFSET),
         )
         self._classes = len(classes)
+        self._view = view
         self._words = view.cast("Q")
         self._rows: list[_Row] = []
         self._index: dict[tuple[int, str], int] = {}
@@ -147,6 +148,11 @@ class ValvePageWriter:
         self._fractions = (*fractions, *(0.0,) * (MAX_CLASSES - len(fractions)))
         self._controls_sequence = controls_sequence
         self._write_summary()
+
+    def close(self) -> None:
+        """Let go of the buffer, so that a mapped file can be closed. Nothing may be counted after."""
+        self._words.release()
+        self._view.release()
 
     def _write_summary(self) -> None:
         self._sequence += 1

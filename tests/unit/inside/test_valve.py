@@ -1,0 +1,479 @@
+"""The valve as a middleware: who passes, who is told to come back, what is counted, and what cannot break
+it."""
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvpilot.clock import NS, SystemClock, VirtualClock
+from kvpilot.inside.callers import Tag
+from kvpilot.inside.valve import Valve
+from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, Lease, Scope
+from kvpilot.link.page import Identity
+from kvpilot.link.valve_page import ValvePageReader, ValveSnapshot
+
+KEY = "sk-acme"
+CALLERS = {
+    "classes": {"batch": 0, "interactive": 1},
+    "default": "batch",
+    "header": "x-kvpilot-caller",
+    "keys": {hashlib.sha256(KEY.encode()).hexdigest(): {"class": "interactive", "tenant": "acme"}},
+}
+START = {"type": "http.response.start", "status": 200, "headers": []}
+
+
+class Engine:
+    """An ASGI application that streams three chunks, and remembers what reached it."""
+
+    def __init__(self) -> None:
+        self.scopes: list[dict[str, Any]] = []
+        self.gate: asyncio.Event | None = None
+        self.fails = False
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        self.scopes.append(scope)
+        if scope["type"] == "lifespan":
+            while (message := await receive())["type"] != "lifespan.shutdown":
+                await send({"type": message["type"] + ".complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        if self.fails:
+            raise RuntimeError("engine")
+        await send(START)
+        for chunk in (b"a", b"b"):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        if self.gate is not None:
+            await self.gate.wait()
+        await send({"type": "http.response.body", "body": b"c"})
+
+
+class Rig:
+    """A valve with real link files and a pilot's hand on its controls."""
+
+    def __init__(self, folder: Path, clock: Any = None) -> None:
+        callers = folder / "callers.json"
+        callers.write_text(json.dumps(CALLERS))
+        for name in ("telemetry", "controls", "controls/demo"):
+            (folder / name).mkdir()
+        self.controls = folder / "controls/demo/valve.kvp"
+        self.environ = {
+            "KVPILOT_TELEMETRY": str(folder / "telemetry"),
+            "KVPILOT_CONTROLS": str(folder / "controls"),
+            "KVPILOT_ENGINE": "demo",
+            "KVPILOT_CALLERS": str(callers),
+        }
+        self.clock = clock or VirtualClock(start_ns=NS)
+        self.engine = Engine()
+        self.valve = Valve(self.engine, self.environ, self.clock, random.Random(1))
+        self._page = bytearray(CONTROLS_BYTES)
+        self._writer = ControlsWriter(self._page, Identity("pilot", "", 0, 0))
+        self._renewal = 0
+
+    def lease(self, value: float, scope: Scope = Scope("all"), ttl_s: float = 2.0) -> None:  # noqa: B008
+        """Renew a shed lease twice, a poll apart, as a live pilot does."""
+        for _ in range(2):
+            self._renewal += 1
+            lease = Lease("shed_fraction", scope, value, round(ttl_s * NS), self._renewal, 17)
+            self._writer.write([lease])
+            self.controls.write_bytes(self._page)
+            self.controls.chmod(0o640)
+            self.clock.advance(1.1)
+            self.valve._poll(self.clock.monotonic_ns())
+
+    def read(self) -> ValveSnapshot:
+        """What a pilot would read from the page's file now."""
+        if self.valve.enabled:
+            self.valve._poll(self.clock.monotonic_ns())
+        (path,) = Path(self.environ["KVPILOT_TELEMETRY"]).glob("demo/valve-*.kvp")
+        data = path.read_bytes()
+        snapshot = ValvePageReader(lambda offset, size: data[offset : offset + size]).read()
+        assert snapshot is not None
+        return snapshot
+
+    def counts(self) -> dict[tuple[str, str], tuple[int, int, int, int]]:
+        rows = self.read().rows
+        return {(r.class_name, r.tenant): (r.offered, r.admitted, r.shed, r.in_flight) for r in rows}
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path)
+    yield rig
+    rig.valve.close()
+
+
+def scope(
+    path: str = "/v1/completions", method: str = "POST", caller: str = "batch", **more: Any
+) -> dict[str, Any]:
+    headers = [(b"x-kvpilot-caller", caller.encode()), (b"content-length", b"120")]
+    return {"type": "http", "method": method, "path": path, "headers": headers, **more}
+
+
+async def silent() -> dict[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def ask(valve: Valve, request: dict[str, Any]) -> list[dict[str, Any]]:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await valve(request, silent, send)
+    return sent
+
+
+def answer(valve: Valve, request: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+    start, *bodies = asyncio.run(ask(valve, request))
+    headers = {name.decode(): value.decode() for name, value in start["headers"]}
+    return start["status"], headers, b"".join(body["body"] for body in bodies)
+
+
+class TestPassing:
+    def test_an_admitted_request_reaches_the_engine_with_its_tag(self, rig: Rig) -> None:
+        request = scope(caller="interactive/acme", state={"other": 1})
+        assert answer(rig.valve, request)[::2] == (200, b"abc")
+        (reached,) = rig.engine.scopes
+        assert reached["state"] == {"other": 1, "kvpilot": Tag("interactive", 1, "acme")}
+        assert request["state"] == {"other": 1}  # the server's own scope is left as it was
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("GET", "/health"),
+            ("GET", "/metrics"),
+            ("GET", "/v1/models"),
+            ("POST", "/tokenize"),
+            ("OPTIONS", "/v1/completions"),
+        ],
+    )
+    def test_everything_else_passes_untouched_and_uncounted(self, rig: Rig, method: str, path: str) -> None:
+        rig.lease(1.0)
+        request = scope(path, method)
+        assert answer(rig.valve, request)[0] == 200
+        assert rig.engine.scopes[0] is request
+        assert rig.counts() == {}
+
+    def test_websockets_pass(self, rig: Rig) -> None:
+        rig.lease(1.0)
+        asyncio.run(ask(rig.valve, {"type": "websocket", "path": "/v1/completions", "headers": []}))
+        assert rig.engine.scopes[0]["type"] == "websocket"
+
+    def test_a_stream_is_handed_on_message_by_message(self, rig: Rig) -> None:
+        """Each message leaves before the engine makes the next one, and is the very same object."""
+
+        async def run() -> None:
+            rig.engine.gate = asyncio.Event()
+            sent: list[dict[str, Any]] = []
+            arrived = asyncio.Event()
+
+            async def send(message: dict[str, Any]) -> None:
+                sent.append(message)
+                if len(sent) == 3:
+                    arrived.set()
+
+            request = asyncio.create_task(rig.valve(scope(), silent, send))
+            await asyncio.wait_for(arrived.wait(), 5)
+            assert sent[0] is START
+            assert [m["body"] for m in sent[1:]] == [b"a", b"b"]
+            assert rig.counts()["batch", ""] == (1, 1, 0, 1)
+            rig.engine.gate.set()
+            await request
+
+        asyncio.run(run())
+        assert rig.counts()["batch", ""] == (1, 1, 0, 0)
+
+
+class TestShedding:
+    def test_429_says_which_class_and_why_and_when_to_return(self, rig: Rig) -> None:
+        rig.lease(1.0)
+        status, headers, body = answer(rig.valve, scope())
+        assert status == 429
+        assert 1 <= int(headers["retry-after"]) <= 60
+        error = json.loads(body)["error"]
+        assert error["class"] == "batch"
+        assert "'batch'" in error["message"]
+        assert "decision 17" in error["reason"]
+        assert {"message", "type", "param", "code"} <= set(error)
+        assert int(headers["content-length"]) == len(body)
+        assert rig.engine.scopes == []
+
+    def test_only_classes_up_to_the_one_named(self, rig: Rig) -> None:
+        rig.lease(1.0, Scope("class_at_most", 0))
+        assert answer(rig.valve, scope(caller="batch"))[0] == 429
+        assert answer(rig.valve, scope(caller="interactive"))[0] == 200
+        assert rig.read().fractions == {"batch": 1.0, "interactive": 0.0}
+
+    def test_a_fraction_is_counted_out(self, rig: Rig) -> None:
+        rig.lease(0.25)
+        statuses = [answer(rig.valve, scope())[0] for _ in range(40)]
+        assert statuses.count(429) == 10
+
+    def test_a_lapsed_lease_opens_over_ten_seconds(self, rig: Rig) -> None:
+        rig.lease(1.0, ttl_s=2.0)
+        rig.clock.advance(2.0 + 5.0)
+        statuses = [answer(rig.valve, scope())[0] for _ in range(40)]
+        assert statuses.count(429) == pytest.approx(20, abs=1)
+        rig.clock.advance(5.0)
+        assert answer(rig.valve, scope())[0] == 200
+
+    def test_a_vanished_page_opens_at_once_though_the_lease_is_long(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rig.lease(1.0, ttl_s=60.0)
+        rig.controls.write_bytes(b"torn")
+        rig.clock.advance(0.02)
+        assert answer(rig.valve, scope())[0] == 429
+        rig.clock.advance(10.0)
+        assert answer(rig.valve, scope())[0] == 200
+        assert rig.read().controls_unreadable == 1
+        assert [r.message for r in caplog.records if "not obeyed" in r.message] == [
+            "shed leases not obeyed: a controls page that is cut short"
+        ]
+
+    def test_the_page_is_read_at_most_every_20_ms(self, rig: Rig) -> None:
+        rig.lease(0.0)
+        rig.lease(1.0)
+        rig.controls.write_bytes(b"torn")
+        rig.clock.advance(0.019)
+        answer(rig.valve, scope())
+        assert rig.valve._law.page_error is None
+        rig.clock.advance(0.001)
+        answer(rig.valve, scope())
+        assert rig.valve._law.page_error
+
+    def test_without_the_link_it_classifies_and_counts_and_sheds_nothing(self) -> None:
+        engine = Engine()
+        valve = Valve(engine, {}, VirtualClock())
+        assert answer(valve, scope())[0] == 200
+        assert engine.scopes[0]["state"]["kvpilot"] == Tag("default", 0, "")
+
+
+class TestCounting:
+    @settings(max_examples=25, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(["batch", "interactive/acme", "batch/x"]), st.floats(0, 1)), max_size=30
+        )
+    )
+    def test_offered_is_admitted_plus_shed(
+        self, tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[str, float]]
+    ) -> None:
+        rig = Rig(tmp_path_factory.mktemp("rig"))
+        try:
+            rig.lease(0.4)
+            for number, (caller, wait_s) in enumerate(requests):
+                rig.engine.fails = number % 7 == 6
+                rig.clock.advance(wait_s / 10)
+                try:
+                    asyncio.run(ask(rig.valve, scope(caller=caller)))
+                except RuntimeError:
+                    assert rig.engine.fails
+            counts = rig.counts().values()
+            assert all(offered == admitted + shed for offered, admitted, shed, _ in counts)
+            assert sum(offered for offered, *_ in counts) == len(requests)
+            assert all(in_flight == 0 for *_, in_flight in counts)
+        finally:
+            rig.valve.close()
+
+    def test_a_client_that_goes_away_is_counted_out_once(self, rig: Rig) -> None:
+        async def run() -> None:
+            rig.engine.gate = asyncio.Event()
+            requests = [asyncio.create_task(ask(rig.valve, scope())) for _ in range(3)]
+            while len(rig.engine.scopes) < 3:
+                await asyncio.sleep(0)
+            assert rig.counts()["batch", ""][3] == 3
+            requests[0].cancel()
+            await asyncio.wait([requests[0]])
+            assert rig.counts()["batch", ""][3] == 2
+            rig.engine.gate.set()
+            await asyncio.gather(*requests[1:])
+
+        asyncio.run(run())
+        assert rig.counts()["batch", ""] == (3, 3, 0, 0)
+
+    def test_a_connection_that_breaks_while_sending_is_counted_out(self, rig: Rig) -> None:
+        async def broken(message: dict[str, Any]) -> None:
+            raise ConnectionResetError
+
+        with pytest.raises(ConnectionResetError):
+            asyncio.run(rig.valve(scope(), silent, broken))
+        assert rig.counts()["batch", ""] == (1, 1, 0, 0)
+
+    def test_an_engine_that_fails_is_counted_out_and_its_error_is_its_own(self, rig: Rig) -> None:
+        rig.engine.fails = True
+        with pytest.raises(RuntimeError, match="engine"):
+            asyncio.run(ask(rig.valve, scope()))
+        assert rig.counts()["batch", ""] == (1, 1, 0, 0)
+        assert rig.valve.enabled
+
+    def test_silence_after_admission_can_be_seen(self, rig: Rig) -> None:
+        async def run() -> None:
+            rig.engine.gate = asyncio.Event()
+            request = asyncio.create_task(ask(rig.valve, scope()))
+            while len(rig.engine.scopes) < 1:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            rig.clock.advance(7.0)
+            assert rig.read().seconds_since_byte == pytest.approx(7.0)
+            rig.engine.gate.set()
+            await request
+            assert rig.read().seconds_since_byte is None
+
+        asyncio.run(run())
+
+
+class TestCannotBeBroken:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from([b"authorization", b"content-length", b"x-kvpilot-caller"])
+                | st.binary(max_size=9),
+                st.binary(max_size=60) | st.sampled_from([b"9" * 19, b"9" * 4000, b"-1", b"\xb2", b"1e9"]),
+            ),
+            max_size=6,
+        )
+    )
+    def test_hostile_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+        valve = Valve(Engine(), {}, VirtualClock())
+        for _ in range(3):
+            status, _, _ = answer(
+                valve, {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+            )
+            assert status == 200
+        assert valve.enabled
+
+    @pytest.mark.parametrize(
+        "broken", [{"headers": None}, {"path": None}, {"state": 7}, {"headers": [(b"a",)]}]
+    )
+    def test_a_server_that_breaks_the_rules_disables_it_and_is_served(
+        self, rig: Rig, broken: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for _ in range(3):
+            assert answer(rig.valve, scope() | broken)[0] == 200
+        assert not rig.valve.enabled
+        assert len([r for r in caplog.records if "disabled" in r.message]) == 1
+
+    def test_a_failure_is_counted_in_the_page(self, rig: Rig) -> None:
+        answer(rig.valve, scope() | {"headers": None})
+        assert rig.read().failures == 1
+
+    @pytest.mark.parametrize(
+        ("name", "value", "says"),
+        [
+            ("KVPILOT_CALLERS", "/nonexistent", "No such file"),
+            ("KVPILOT_TELEMETRY", "", "KVPILOT_TELEMETRY not set"),
+            ("KVPILOT_TELEMETRY", "/proc/nonexistent/x", "does not exist"),
+            ("KVPILOT_ENGINE", "../x", "engine name"),
+        ],
+    )
+    def test_a_bad_environment_is_one_warning_and_everybody_passes(
+        self, rig: Rig, name: str, value: str, says: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.clear()
+        valve = Valve(rig.engine, {**rig.environ, name: value}, rig.clock)
+        assert answer(valve, scope())[0] == 200
+        assert [r.message for r in caplog.records if says in r.message]
+        assert len(caplog.records) == 1
+        valve.close()
+
+
+class TestLifespan:
+    def test_start_and_stop_pass_through_and_the_page_is_given_up(self, rig: Rig) -> None:
+        async def run() -> list[dict[str, Any]]:
+            inbox = asyncio.Queue[dict[str, Any]]()
+            sent: list[dict[str, Any]] = []
+
+            async def send(message: dict[str, Any]) -> None:
+                sent.append(message)
+                if message["type"] == "lifespan.startup.complete":
+                    inbox.put_nowait({"type": "lifespan.shutdown"})
+
+            inbox.put_nowait({"type": "lifespan.startup"})
+            await rig.valve({"type": "lifespan"}, inbox.get, send)
+            return sent
+
+        sent = asyncio.run(run())
+        assert [m["type"] for m in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+        assert not rig.valve.enabled
+
+    def test_a_lease_is_honoured_though_no_request_came_for_long(self, rig: Rig) -> None:
+        """The watch reads the page between requests: renewals seen too far apart would be history."""
+
+        async def run() -> int:
+            started = asyncio.Event()
+
+            async def receive() -> dict[str, Any]:
+                await started.wait()
+                return {"type": "lifespan.startup"}
+
+            async def send(_message: dict[str, Any]) -> None:
+                pass
+
+            life = asyncio.create_task(rig.valve({"type": "lifespan"}, receive, send))
+            # The virtual clock runs ahead with the watch alone; the pilot renews every half second, ttl 2 s.
+            renewed_ns = 0
+            while rig.clock.monotonic_ns() < 20 * NS:
+                await asyncio.sleep(0)
+                if rig.clock.monotonic_ns() - renewed_ns > NS // 2:
+                    renewed_ns = rig.clock.monotonic_ns()
+                    rig._renewal += 1
+                    rig._writer.write([Lease("shed_fraction", Scope("all"), 1.0, 2 * NS, rig._renewal, 17)])
+                    rig.controls.write_bytes(rig._page)
+                    rig.controls.chmod(0o640)
+            start, _ = await ask(rig.valve, scope())
+            life.cancel()
+            await asyncio.wait([life])
+            return start["status"]
+
+        assert asyncio.run(run()) == 429
+
+    def test_an_application_without_lifespan_is_served_all_the_same(self, rig: Rig) -> None:
+        async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+            if scope["type"] == "lifespan":
+                raise RuntimeError("no lifespan here")
+            await rig.engine(scope, receive, send)
+
+        valve = Valve(app, {}, rig.clock)
+        with pytest.raises(RuntimeError):
+            asyncio.run(ask(valve, {"type": "lifespan"}))
+        assert answer(valve, scope())[0] == 200
+        assert valve.enabled
+
+
+def test_a_request_costs_at_most_50_us(tmp_path: Path) -> None:
+    """CPU of the valve alone, page reads included, beside the same calls without it. The best of several
+    runs."""
+    rig = Rig(tmp_path, SystemClock())
+    rig.controls.write_bytes(rig._page)
+    os.chmod(rig.controls, 0o640)
+    requests = [scope(caller="interactive/acme") for _ in range(300)]
+
+    async def nothing(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        for message in (START, {"type": "http.response.body", "body": b"x"}):
+            await send(message)
+
+    async def drop(_message: dict[str, Any]) -> None:
+        pass
+
+    async def cost(app: Any) -> float:
+        began = time.thread_time()
+        for request in requests:
+            await app(request, silent, drop)
+        return (time.thread_time() - began) / len(requests)
+
+    valve = Valve(nothing, rig.environ, SystemClock())
+    best = min(asyncio.run(cost(valve)) - asyncio.run(cost(nothing)) for _ in range(10))
+    valve.close()
+    rig.valve.close()
+    assert best < 50e-6
