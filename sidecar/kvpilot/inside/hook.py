@@ -5,8 +5,8 @@
     hook.itl[class_level].record(duration_ns)   while stepping
     hook.end_step(values)                       one record: the manifest's fields, in order
 
-Without the link's environment, or after any failure of its own, a hook is disabled: it records nothing, baselines
-are in force, and the engine serves on as if no pilot existed. A failure is logged once and never raised.
+Without the link's environment, or after any failure of its own, a hook is disabled: it records nothing,
+baselines are in force, and the engine serves on as if no pilot existed. A failure is logged once, never raised.
 """
 
 import logging
@@ -25,7 +25,8 @@ from kvpilot.link.histogram import HistogramWriter
 from kvpilot.link.manifest import Manifest, ManifestKnob
 from kvpilot.link.page import LinkError
 from kvpilot.link.place import ENGINE_CONTROLS, LinkPlace
-from kvpilot.link.telemetry import MAX_CLASSES, TelemetryWriter, TenantRow
+from kvpilot.link.telemetry import TelemetryWriter, TenantRow
+from kvpilot.link.telemetry_page import MAX_CLASSES
 
 log = logging.getLogger("kvpilot.link")
 
@@ -52,8 +53,8 @@ def value_in_force(knob: ManifestKnob, wish: float) -> float:
 
 
 class StepHook:
-    """See the module docstring. `telemetry` None is a disabled hook; virtual time passes a writer over a bytearray
-    and a `read_controls` of its own.
+    """See the module docstring. `telemetry` None is a disabled hook; virtual time passes a writer over a
+    bytearray and a `read_controls` of its own.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class StepHook:
         self._controls_file = controls_file
         self.enabled = telemetry is not None
         self.failures = 0
-        """Exceptions of our own that were kept from the engine: 0 or 1, since the first one disables the hook."""
+        """Exceptions of our own kept from the engine: 0 or 1, since the first one disables the hook."""
         self._book = LeaseBook(telemetry.nonce if telemetry else 1)
         self._warned: str | None = None
         self._invalid = 0
@@ -133,7 +134,7 @@ class StepHook:
             return self.baselines
 
     def end_step(self, values: Sequence[float]) -> None:
-        """Write the step's record: values of the manifest's fields in order, without those that the hook fills."""
+        """Write the step's record: values of the manifest's fields, in order, without the hook's own."""
         if not self.enabled or self._telemetry is None:
             return
         try:
@@ -142,7 +143,7 @@ class StepHook:
             for histogram in self._flushed:
                 if histogram.pending:
                     histogram.flush()
-            self._telemetry.write_step(*values, *self._echo)
+            self._telemetry.write_step(values, self._echo)
         except Exception:
             self._disable()
 
@@ -167,7 +168,7 @@ class StepHook:
             self._guarded(self._telemetry.set_tenant, row)
 
     def next_expiry_ns(self) -> int | None:
-        """When the first lease in force runs out: an engine with waiting work and nothing runnable wakes then."""
+        """When the first lease in force runs out: an engine whose work cannot run wakes then."""
         return self._book.next_expiry_ns if self.enabled else None
 
     def close(self) -> None:

@@ -2,11 +2,11 @@
 
     header (the writer) | slot 0 | slot 1          slot: sequence, nonce, count, entry size, CRC-32, entries
 
-The writer fills the older slot; the CRC covers sequence, nonce and entries; the reader takes the valid slot of
-higher sequence. A writer killed half-way therefore leaves the previous table readable. Entries may grow at their
-end: a reader steps by the slot's entry size and ignores what it does not know.
+The writer fills the older slot; the CRC covers sequence, nonce and entries; the reader takes the valid slot
+of higher sequence. A writer killed half-way therefore leaves the previous table readable. Entries may grow
+at their end: a reader steps by the slot's entry size and ignores what it does not know.
 
-`LeaseBook` is the reader's half and a pure object: it decides which leases are in force, by its own clock alone.
+`LeaseBook` is the reader's half, a pure object that decides which leases are in force by its own clock alone.
 """
 
 import math
@@ -20,8 +20,9 @@ from typing import Literal, NamedTuple
 from kvpilot.clock import NS
 from kvpilot.link.page import HEADER_BYTES, Identity, LinkError, PageHeader
 
-SLOT_BYTES = 4_096
-CONTROLS_BYTES = HEADER_BYTES + 2 * SLOT_BYTES
+CONTROLS_BYTES = 4_096
+"""One page of memory: what an engine copies at every step boundary."""
+SLOT_BYTES = (CONTROLS_BYTES - HEADER_BYTES) // 2
 TTL_MAX_NS = 60 * NS
 ENGINE_ANY = 0
 """Nonce of a slot that is for no engine start in particular: valve leases outlive an engine core."""
@@ -31,6 +32,7 @@ _SLOT = struct.Struct("<QQIIQ")
 _ENTRY = struct.Struct(f"<{_NAME_BYTES}s{_NAME_BYTES}sQqdQQQ")
 MAX_LEASES = (SLOT_BYTES - _SLOT.size) // _ENTRY.size
 _U64 = struct.Struct("<Q")
+_SEQUENCES = struct.Struct(f"<Q{SLOT_BYTES - 8}xQ")
 
 ScopeKind = Literal["all", "class_at_most", "tenant"]
 _SCOPES: tuple[ScopeKind, ...] = ("all", "class_at_most", "tenant")
@@ -109,7 +111,7 @@ def decode_slot(data: bytes | memoryview) -> Slot | None:
 
 
 def _decode_lease(data: bytes | memoryview, offset: int) -> Lease | None:
-    """None for an entry that cannot be obeyed: not finite, no time to live, names or scope that make no sense."""
+    """None for an entry that cannot be obeyed: not finite, no time to live, senseless names or scope."""
     knob, tenant, kind, level, value, ttl_ns, renewal, decision_id = _ENTRY.unpack_from(data, offset)
     if not math.isfinite(value) or not ttl_ns or not 1 <= kind <= len(_SCOPES):
         return None
@@ -145,7 +147,7 @@ class ControlsWriter:
         view[:HEADER_BYTES] = PageHeader("controls", CONTROLS_BYTES, 0, identity).pack()
 
     def write(self, leases: Sequence[Lease], nonce: int = ENGINE_ANY) -> int:
-        """Replace the table of leases, for the engine start `nonce` (valves: ENGINE_ANY). Returns its sequence.
+        """Replace the table, for the engine start `nonce` (valves: ENGINE_ANY). Returns its sequence.
 
         Raises LinkError, and leaves the page as it was, for leases that do not fit.
         """
@@ -171,10 +173,10 @@ _Key = tuple[str, Scope]
 class LeaseBook:
     """Which leases are in force: the dead man's switch.
 
-    A lease is honoured from the moment at which this reader has itself seen its renewal counter change between two
-    reads at most one ttl apart, until min(ttl, 60 s) later by the reader's own clock. What a first look, or a look
-    after a longer pause, finds is history. A lease that a newer table no longer lists is released at once; while
-    no table can be read, leases run out. `nonce` None reads the tables of valves.
+    A lease is honoured from the moment at which this reader has itself seen its renewal counter change
+    between two reads at most one ttl apart, until min(ttl, 60 s) later by the reader's own clock. What a
+    first look, or a look after a longer pause, finds is history. A lease that a newer table no longer lists
+    is released at once; while no table can be read, leases run out. `nonce` None reads the valves' tables.
     """
 
     def __init__(self, nonce: int | None) -> None:
@@ -197,7 +199,7 @@ class LeaseBook:
         """Take in one read of the page. True where anything that can be asked of it may have changed."""
         if len(page) < CONTROLS_BYTES:
             return self._unreadable("a controls page that is cut short")
-        words = (_U64.unpack_from(page, _SLOT_STARTS[0])[0], _U64.unpack_from(page, _SLOT_STARTS[1])[0])
+        words = _SEQUENCES.unpack_from(page, HEADER_BYTES)
         if words == self._words:
             self._read_ns = now_ns
             return False
@@ -206,11 +208,12 @@ class LeaseBook:
         except LinkError as error:
             return self._unreadable(str(error))
         slot = newest_slot(page)
-        if slot is None:
+        if slot is None and words != (0, 0):
             return self._unreadable("no valid table in the controls page")
         self.error = None
         self._words = words
-        self._learn(slot, now_ns)
+        if slot is not None:
+            self._learn(slot, now_ns)
         self._read_ns = now_ns
         return True
 
@@ -226,10 +229,9 @@ class LeaseBook:
         """Compare a table with the one seen before it."""
         if slot.sequence == self._slot_sequence:
             return
-        # A table older than one already seen is what damage or another writer's start left: nothing in it is news.
-        pause_ns = (
-            None if self._read_ns is None or slot.sequence < self._slot_sequence else now_ns - self._read_ns
-        )
+        # A table older than one already seen is what damage, or a writer that began anew, left: no news.
+        older = slot.sequence < self._slot_sequence
+        pause_ns = None if older or self._read_ns is None else now_ns - self._read_ns
         self._slot_sequence = slot.sequence
         self.ignored["malformed"] += slot.ignored
         if slot.nonce != self._nonce:

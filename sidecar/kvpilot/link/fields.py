@@ -1,10 +1,11 @@
 """The step record's field catalogue.
 
-A manifest lists the fields that an engine really fills, a subset of this table in any order; readers find fields
-by name and ignore names they do not know. A field absent from the manifest is *missing*, never zero.
+A manifest lists the fields that an engine really fills, a subset of this table in any order; readers find
+fields by name and ignore names they do not know. A field absent from the manifest is *missing*, never zero.
 
-Every field is eight bytes: `u64` for counts, `f64` where fractions matter. Names ending in `_total` are cumulative
-since the engine started, so that any two records give exact rates however far apart; the rest are levels.
+Every field is eight bytes: `u64` for counts, `f64` where fractions matter. Names ending in `_total` are
+cumulative since the engine started, so that any two records give exact rates however far apart; the rest
+are levels.
 """
 
 from typing import Literal, NamedTuple
@@ -36,8 +37,8 @@ _FIELDS = (
     Field("draft_rounds_total", "u64", "rounds", "Sequences times steps in which drafts were verified."),
     Field("rejected_rounds_total", "u64", "rounds", "Draft rounds in which a draft was rejected."),
     Field("decode_sequences_total", "u64", "sequences", "Sum over steps of sequences that decoded."),
-    Field("context_tokens_total", "u64", "tokens", "Sum over steps of KV positions read by decoding sequences."),
-    Field("chunk_positions_total", "u64", "tokens^2", "Sum over prompt chunks of chunk length x its last position."),
+    Field("context_tokens_total", "u64", "tokens", "Sum over steps of KV positions that decodes read."),
+    Field("chunk_positions_total", "u64", "tokens^2", "Sum over prompt chunks of length x last position."),
     Field("running", "u64", "requests", "Requests that hold KV memory."),
     Field("waiting", "u64", "requests", "Requests accepted and not admitted."),
     Field("waiting_prompt_tokens", "u64", "tokens", "Prompt tokens of waiting requests."),
@@ -60,10 +61,10 @@ _FIELDS = (
     Field("device_reserved_bytes", "u64", "bytes", "Device memory the engine's allocator holds."),
     Field("device_allocated_bytes", "u64", "bytes", "Device memory in live tensors, between steps."),
     Field("controls_sequence", "u64", "-", "Sequence of the controls page in force; 0 before the first."),
-    Field("controls_ignored_total", "u64", "leases", "Leases ignored: unreadable, for another engine, not finite, unknown."),
+    Field("controls_ignored_total", "u64", "leases", "Leases ignored: foreign, malformed, unknown knob."),
     Field("demand_step", "u64", "steps", "Value of steps_total when the demand fields were last computed."),
     *(
-        Field(f"demand_{horizon}_{q}_blocks", "f64", "blocks", f"Blocks running requests will hold in {horizon} steps, {q}.")
+        Field(f"demand_{horizon}_{q}_blocks", "f64", "blocks", f"Blocks held in {horizon} steps, {q}.")
         for horizon in HORIZONS
         for q in QUANTILES
     ),
@@ -75,7 +76,7 @@ HOOK_FIELDS = ("controls_sequence", "controls_ignored_total")
 """Fields that the step hook fills by itself, as it does the knob echoes; an engine never passes them."""
 
 KNOB_PREFIX = "knob."
-"""`knob.<name>` (f64) is the value of a knob in force during the step; one field for each knob of the manifest."""
+"""`knob.<name>` (f64) is the value of a knob in force during the step: one field for each knob."""
 
 
 def knob_field(knob: str, unit: str = "") -> Field:

@@ -1,7 +1,7 @@
 """Pages as files, the writer's side.
 
-A page is created under a temporary name, locked, allocated whole and given its header before it gets its own name,
-and it is never resized: nobody ever finds half a page. It is opened exactly once (see `locks`).
+A page is created under a temporary name, locked, allocated whole and given its header before it gets its
+own name, and it is never resized: nobody ever finds half a page. It is opened exactly once (see `locks`).
 """
 
 import mmap
@@ -32,7 +32,7 @@ class WritablePage:
         self._fd = fd
         # The map holds a descriptor of its own: closing it early would drop the lock, closing it late
         # would drop the lock of whoever opens the file next. So both are closed together.
-        self.buffer = mmap.mmap(fd, page_bytes)
+        self.buffer = mmap.mmap(fd, page_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
     def publish(self) -> None:
         """Give the page its name, once its header is written."""
@@ -40,7 +40,7 @@ class WritablePage:
         os.rename(_unnamed(name), name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def close(self) -> None:
-        """Give up the lock; the file stays. Views of `buffer` must have been released (`close` of its writer)."""
+        """Give up the lock; the file stays. The writer over `buffer` must have been closed."""
         self.buffer.close()
         locks.forget(self._fd)
         os.close(self._fd)
@@ -60,7 +60,7 @@ def open_telemetry(
 
 
 def open_controls(place: LinkPlace, rank: int | None, clock: Clock) -> tuple[ControlsWriter, WritablePage]:
-    """The controls of one rank, or for None of the valves. Raises LinkError where another pilot holds them."""
+    """Controls of one rank, or for None of the valves. Raises LinkError where another pilot holds them."""
     directory = place.controls_directory(rank)
     name = VALVE_CONTROLS if rank is None else ENGINE_CONTROLS
     handle = trust.open_directory(directory, place.uids, create=True)
@@ -107,7 +107,7 @@ def _holder(fd: int) -> str:
 def create_page(
     directory: Path, prefix: str, nonce: int, page_bytes: int, uids: frozenset[int]
 ) -> WritablePage:
-    """A new locked page `<prefix>-<nonce>.kvp`, all zero and still without its name: write it, then `publish`.
+    """A new locked page `<prefix>-<nonce>.kvp`, all zero and still unnamed: write it, then `publish`.
 
     Pages of dead writers go, save the newest KEPT_PAGES. Raises LinkError.
     """

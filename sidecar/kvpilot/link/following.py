@@ -1,7 +1,7 @@
 """Pages as files, the reader's side: `pread` only, no lock taken, nothing mapped.
 
-Telemetry readers follow the newest page whose writer lives. A controls reader follows one name through replacement
-of the file, looking at most once a second.
+Telemetry readers follow the newest page whose writer lives. A controls reader follows one name through
+replacement of the file, looking at most once a second.
 """
 
 import os
@@ -40,9 +40,9 @@ class ReadablePage:
 
 
 def open_pages(directory: Path, kind: PageKind, uids: frozenset[int], *, locked: bool) -> list[ReadablePage]:
-    """Pages of `kind` (telemetry, valve) in `directory`, newest start first; with `locked`, of live writers only.
+    """Pages of `kind` (telemetry, valve) in `directory`, newest start first; `locked`: of live writers.
 
-    A directory that is not there yet holds none. Raises LinkError where there are pages and none can be used.
+    A directory that is not there yet holds none. Raises LinkError where there are pages, none of them usable.
     """
     try:
         handle = trust.open_directory(directory, uids)
@@ -86,7 +86,7 @@ def _open(
 
 
 def newest_telemetry(directory: Path, uids: frozenset[int]) -> ReadablePage | None:
-    """The newest page whose engine lives; None where there is none yet. Raises LinkError (see `open_pages`)."""
+    """The newest page whose engine lives; None where there is none yet. Raises as `open_pages` does."""
     pages = open_pages(directory, "telemetry", uids, locked=True)
     for page in pages[1:]:
         page.close()
@@ -114,7 +114,8 @@ class ControlsFile:
             self._follow()
         if self._fd is None:
             return None
-        return self._page[: os.preadv(self._fd, self._into, 0)]
+        size = os.preadv(self._fd, self._into, 0)
+        return self._page if size == CONTROLS_BYTES else self._page[:size]
 
     def _follow(self) -> None:
         """Open the file that now has the name, if it is another one than before."""

@@ -1,13 +1,13 @@
 """Cumulative log-linear histograms of durations.
 
-Sixteen equal buckets an octave from 2^16 ns (66 us) to 2^40 ns (1,100 s), one below and one above: a duration read
-back as the middle of its bucket is at most 3.2 % off. Counts only grow, so the distribution over a window is the
-difference of two readings.
+Sixteen equal buckets an octave from 2^16 ns (66 us) to 2^40 ns (1,100 s), one below and one above: a
+duration read back as the middle of its bucket is at most 3.2 % off. Counts only grow, so the distribution
+over a window is the difference of two readings.
 
-In the page a histogram is words: sequence, sum in ns, one count a bucket. The sequence is odd while a batch is
-being added. Every count is a word of its own that only grows, so even a reading taken in the middle, or on a machine
-that reorders stores, is a state between two true ones, a batch apart; the sequence only says whether sum and counts
-belong together.
+In the page a histogram is words: sequence, sum in ns, one count a bucket. The sequence is odd while a batch
+is being added. Every count is a word of its own that only grows, so even a reading taken in the middle, or
+on a machine that reorders stores, is a state between two true ones, a batch apart; the sequence only says
+whether sum and counts belong together.
 """
 
 import math
@@ -72,7 +72,7 @@ class HistogramSnapshot:
         self.count = sum(counts)
 
     def minus(self, earlier: "HistogramSnapshot") -> "HistogramSnapshot":
-        """What was added since `earlier`. Raises ValueError where that is no earlier reading of the same page."""
+        """What was added since `earlier`. Raises ValueError where that is not earlier, or another page."""
         counts = [now - then for now, then in zip(self.counts, earlier.counts, strict=True)]
         if min(counts) < 0:
             raise ValueError("not an earlier reading of this histogram: a count went down")
@@ -99,7 +99,7 @@ class HistogramSnapshot:
 
 
 def read_histogram(read_at: Callable[[int, int], bytes], offset: int) -> HistogramSnapshot | None:
-    """The histogram at `offset`; None where the page is too short. See the module docstring for torn readings."""
+    """The histogram at `offset`; None where the page is too short. Torn readings: see the module."""
     for _ in range(3):
         raw = read_at(offset, _READ.size)
         if len(raw) < _READ.size:
@@ -117,8 +117,8 @@ def discard(_duration_ns: int) -> None:
 class HistogramWriter:
     """Collects durations during a step and adds them to the page in one go.
 
-    `record(duration_ns)` is the append of a bounded queue itself, the cheapest call Python has; `flush` does the
-    arithmetic once a step.
+    `record(duration_ns)` is the append of a bounded queue itself, the cheapest call Python has; `flush`
+    does the arithmetic once a step.
     """
 
     __slots__ = ("_base", "_words", "pending", "record")

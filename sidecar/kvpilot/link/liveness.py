@@ -3,7 +3,7 @@
 - `dead`: the writer's lock is gone, so its process is.
 - `idle`: nothing running, nothing waiting, nothing in flight at the valve: gauges hold, rates are zero.
 - `stalled`: work, and no step for longer than max(2 s, 5 x p99 step).
-- `wedged`: the valve has requests in flight and no response byte for long, though the engine is not stalled.
+- `wedged`: the valve has requests in flight and no response byte for long; the engine not stalled.
 - `live`: anything else.
 """
 
@@ -32,8 +32,8 @@ def classify(
     in_flight: int = 0,
     seconds_since_byte: float | None = None,
 ) -> Liveness:
-    """State of one engine rank. `seconds_since_byte`: since the last response byte, or since the oldest request
-    now in flight arrived if that is later; None where there is no valve.
+    """State of one engine rank. `seconds_since_byte`: since the last response byte, or since the oldest
+    request now in flight arrived if that is later; None where there is no valve.
     """
     if not lock_held:
         return "dead"

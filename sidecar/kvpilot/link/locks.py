@@ -1,8 +1,9 @@
 """Who is alive and who may write: POSIX record locks on the writer's own file.
 
-The kernel releases a lock when its process dies, across containers. Readers only ask, with F_GETLK. Beware: closing
-*any* descriptor of a file drops every lock that the process has on it. So a writer opens its file exactly once, and
-a process never opens for reading what it writes itself (`check_not_ours` makes that one clear error).
+The kernel releases a lock when its process dies, across containers. Readers only ask, with F_GETLK. Beware:
+closing *any* descriptor of a file drops every lock that the process has on it. So a writer opens its file
+exactly once, and a process never opens for reading what it writes itself (`check_not_ours` makes that one
+clear error).
 """
 
 import fcntl
@@ -46,7 +47,7 @@ def is_locked(fd: int) -> bool:
 
 
 def holder_pid(fd: int) -> int | None:
-    """The holder's pid as seen from here; None where nobody holds it or the holder is in another pid namespace."""
+    """The holder's pid as seen from here; None for nobody, or a holder in another pid namespace."""
     kind, _, _, _, pid = _asked(fd)
     return pid if kind != fcntl.F_UNLCK and pid > 0 else None
 
@@ -58,6 +59,6 @@ def _asked(fd: int) -> tuple[int, int, int, int, int]:
 
 
 def check_not_ours(status: os.stat_result, name: str) -> None:
-    """Raises LinkError where this process writes the file itself: opening it again would end in a lost lock."""
+    """Raises LinkError where this process writes the file itself: closing a second one would lose the lock."""
     if _key(status) in _held:
         raise LinkError(f"{name}: this process writes it itself and must not open it twice")

@@ -1,6 +1,7 @@
 """The manifest: what one engine rank is, what it lets us move, and what it lets us see.
 
-Bounded JSON inside the telemetry header. Unknown keys are ignored by readers, so that adding one is no new version.
+Bounded JSON inside the telemetry header. Unknown keys are ignored by readers, so that adding one is no new
+version.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What every page of the link begins with: a header that says whose page it is and how to read the rest.
 
-256 bytes, little-endian, written before anyone can find the page and never again. Readers refuse another magic,
-version or kind with one clear line. Host, container and start time are for messages to people only.
+256 bytes, little-endian, written before anyone can find the page and never again. Readers refuse another
+magic, version or kind with one clear line. Host, container and start time are for messages to people only.
 """
 
 import struct

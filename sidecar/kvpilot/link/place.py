@@ -40,7 +40,7 @@ class LinkPlace:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "LinkPlace | None":
-        """The place that the environment names; None where it names none. Raises LinkError for half of one."""
+        """The place that the environment names; None where it names none. Raises LinkError for half."""
         names = (ENVIRON_TELEMETRY, ENVIRON_CONTROLS, ENVIRON_ENGINE)
         missing = [name for name in names if not environ.get(name)]
         if len(missing) == len(names):

@@ -4,8 +4,9 @@ A record is its own sequence number, a body, and a CRC-32 over both, all in 8-by
 
     u64 sequence | body | u64 crc32(sequence, body)
 
-A reader believes a record only if the CRC holds and the sequence is the one it looked for. So neither store order
-nor a writer killed half-way can make it believe a mixture. Sequence 0 is "never written" or "being written".
+A reader believes a record only if the CRC holds and the sequence is the one it looked for. So neither store
+order nor a writer killed half-way can make it believe a mixture. Sequence 0 is "never written" or "being
+written".
 """
 
 import struct
@@ -50,8 +51,8 @@ class Frame:
 class FrameWriter:
     """Writes records of one Frame into a page of words, without allocating.
 
-    The sequence word goes to 0 first and gets its value last, each as one native 8-byte store; what decides is
-    still the CRC.
+    The sequence word goes to 0 first and gets its value last, each as one native 8-byte store; what decides
+    is still the CRC.
     """
 
     __slots__ = ("_covered", "_frame_words", "_pack_into", "_scratch", "_scratch_words", "_tail", "_words")
@@ -67,8 +68,12 @@ class FrameWriter:
         self._tail = self._scratch_words[1:]
 
     def write(self, word: int, sequence: int, *values: Any) -> None:
-        """Write the record whose first word has index `word`. Raises struct.error for values that do not fit."""
-        self._pack_into(self._scratch, 0, sequence, *values)
+        """Write the record whose first word has index `word`. Raises struct.error for a misfit value."""
+        self.write_parts(word, sequence, values)
+
+    def write_parts(self, word: int, sequence: int, values: Sequence[Any], more: Sequence[Any] = ()) -> None:
+        """`write` for values that lie in two sequences: the step loop's way, which copies them once."""
+        self._pack_into(self._scratch, 0, sequence, *values, *more)
         self._scratch_words[-1] = zlib.crc32(self._covered)
         words = self._words
         words[word] = 0

@@ -1,18 +1,15 @@
-"""The telemetry page: header, manifest, step ring, histograms, classes, tenants.
+"""The telemetry page's writer and reader.
 
-    header | manifest JSON | ring: u64 head, records | histograms | class rows | tenant rows
-
-The writer works on any writable buffer of the right size, the reader on any pread-like callable, so that tests and
-virtual time leave files out. The reader never maps the page: a mapped file that its owner truncates kills whoever
-maps it. Writing a step is O(fields); a poll is O(new records), at most `limit`.
+The writer works on any writable buffer of the right size, the reader on any pread-like callable, so that
+tests and virtual time leave files out. The reader never maps the page: a mapped file that its owner
+truncates kills whoever maps it. Writing a step is O(fields); a poll is O(new records), at most `limit`.
 """
 
 import struct
 import threading
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from kvpilot.link.histogram import (
     HISTOGRAM_WORDS,
@@ -25,85 +22,33 @@ from kvpilot.link.histogram import (
 from kvpilot.link.manifest import MANIFEST_MAX_BYTES, Manifest
 from kvpilot.link.page import HEADER_BYTES, Identity, LinkError, PageHeader
 from kvpilot.link.records import Frame, FrameWriter, StepLayout, StepRecord
+from kvpilot.link.telemetry_page import (
+    CLASS_FRAME,
+    HEAD_BYTES,
+    MAX_CLASSES,
+    MAX_TENANTS,
+    RING_RECORDS,
+    TENANT_FRAME,
+    TENANT_NAME_BYTES,
+    WORD,
+    ClassRow,
+    ReadAt,
+    TenantRow,
+    histogram_index,
+    plan_page,
+)
 
-RING_RECORDS = 16_384
-PAGE_MAX_BYTES = 16 << 20
-MAX_CLASSES = 8
-MAX_TENANTS = 64
+__all__ = ["ClassRow", "TelemetryReader", "TelemetryWriter", "TenantRow", "plan_page"]
+
 POLL_RECORDS = 1_024
-TENANT_NAME_BYTES = 40
 
-_WORD = 8
-_LINE = 64
-_HEAD_BYTES = _LINE
-_CLASS_FRAME = Frame("QQ")
-_TENANT_FRAME = Frame(f"{TENANT_NAME_BYTES}sQQQQQ")
 _U64 = struct.Struct("<Q")
-
-ReadAt = Callable[[int, int], bytes]
-
-
-class ClassRow(NamedTuple):
-    """One class's queue."""
-
-    name: str
-    waiting: int
-    waiting_prompt_tokens: int
-
-
-class TenantRow(NamedTuple):
-    """What one tenant holds. `block_ns_total` is KV blocks times nanoseconds held, since the engine started."""
-
-    name: str
-    running: int
-    waiting: int
-    kv_blocks: int
-    block_ns_total: int
-    tokens_total: int
-
-
-@dataclass(frozen=True, slots=True)
-class TelemetryPlan:
-    """Where everything lies in a page, in bytes."""
-
-    manifest_json: bytes
-    layout: StepLayout
-    record_count: int
-    ring: int
-    histograms: int
-    classes: int
-    tenants: int
-    page_bytes: int
-
-
-def plan_page(manifest: Manifest, record_count: int = RING_RECORDS) -> TelemetryPlan:
-    """Plan the page of `manifest`. Raises LinkError where it cannot be held in PAGE_MAX_BYTES."""
-    if len(manifest.classes) > MAX_CLASSES:
-        raise LinkError(f"{len(manifest.classes)} classes: the link holds at most {MAX_CLASSES}")
-    try:
-        body, layout = manifest.to_json(), StepLayout(manifest.fields)
-    except ValueError as error:
-        raise LinkError(str(error)) from error
-    ring = HEADER_BYTES + MANIFEST_MAX_BYTES
-    histograms = _aligned(ring + _HEAD_BYTES + record_count * layout.size)
-    classes = histograms + (MAX_CLASSES * len(PER_CLASS) + 1) * HISTOGRAM_WORDS * _WORD
-    tenants = _aligned(classes + MAX_CLASSES * _CLASS_FRAME.size)
-    end = _aligned(tenants + MAX_TENANTS * _TENANT_FRAME.size)
-    if end > PAGE_MAX_BYTES:
-        raise LinkError(f"{len(layout.names)} fields need {end} bytes: a page holds at most {PAGE_MAX_BYTES}")
-    return TelemetryPlan(body, layout, record_count, ring, histograms, classes, tenants, end)
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // _LINE) * _LINE
-
-
-def _histogram_index(name: str, class_index: int) -> int:
-    return MAX_CLASSES * len(PER_CLASS) if name == ONE else PER_CLASS.index(name) * MAX_CLASSES + class_index
 
 
 class TelemetryWriter:
-    """Writes one page, from one thread. `buffer` is writable, zeroed and `plan_page(manifest).page_bytes` long."""
+    """Writes one page, from one thread. `buffer` is writable, zeroed and `plan_page(manifest).page_bytes`
+    long.
+    """
 
     def __init__(
         self,
@@ -123,13 +68,13 @@ class TelemetryWriter:
         self._words = view.cast("Q")
         self._plan = plan
         self._sequence = 0
-        self._head = plan.ring // _WORD
-        self._first_record = (plan.ring + _HEAD_BYTES) // _WORD
+        self._head = plan.ring // WORD
+        self._first_record = (plan.ring + HEAD_BYTES) // WORD
         self._steps = FrameWriter(plan.layout.frame, self._words)
         self._record_words = plan.layout.frame.words
-        self._classes = FrameWriter(_CLASS_FRAME, self._words)
+        self._classes = FrameWriter(CLASS_FRAME, self._words)
         self._class_sequences = [0] * MAX_CLASSES
-        self._tenants = FrameWriter(_TENANT_FRAME, self._words)
+        self._tenants = FrameWriter(TENANT_FRAME, self._words)
         self._tenant_rows: dict[str, int] = {}
         self._tenant_idle: dict[str, bool] = {}
         self._tenant_sequences = [0] * MAX_TENANTS
@@ -157,19 +102,21 @@ class TelemetryWriter:
         view[:HEADER_BYTES] = header.pack()
 
     def _histogram_word(self, name: str, level: int) -> int:
-        return self._plan.histograms // _WORD + _histogram_index(name, level) * HISTOGRAM_WORDS
+        return self._plan.histograms // WORD + histogram_index(name, level) * HISTOGRAM_WORDS
 
     def histogram(self, name: str, class_index: int = 0) -> HistogramWriter:
         """The writer of one histogram. Raises KeyError for a name or class that does not exist."""
         return self._step_histogram if name == ONE else self._histograms[name, class_index]
 
-    def write_step(self, *values: float) -> int:
-        """Write the next record: the manifest's fields in order. Returns its sequence, which starts at 1."""
+    def write_step(self, values: Sequence[float], more: Sequence[float] = ()) -> int:
+        """Write the next record: the manifest's fields in order, in one sequence or two. Returns its
+        sequence, which starts at 1.
+        """
         if self._thread != threading.get_ident():
             self._bind_thread()
         sequence = self._sequence + 1
         slot = (sequence - 1) % self._plan.record_count
-        self._steps.write(self._first_record + slot * self._record_words, sequence, *values)
+        self._steps.write_parts(self._first_record + slot * self._record_words, sequence, values, more)
         # The head is a hint where to look; the record itself says whether it is there.
         self._words[self._head] = sequence
         self._sequence = sequence
@@ -179,7 +126,7 @@ class TelemetryWriter:
         """Replace one class's row."""
         self._bind_thread()
         self._class_sequences[class_index] += 1
-        word = self._plan.classes // _WORD + class_index * _CLASS_FRAME.words
+        word = self._plan.classes // WORD + class_index * CLASS_FRAME.words
         self._classes.write(word, self._class_sequences[class_index], waiting, waiting_prompt_tokens)
 
     def set_tenant(self, row: TenantRow) -> bool:
@@ -190,7 +137,7 @@ class TelemetryWriter:
             return False
         self._tenant_idle[row.name] = not (row.running or row.waiting or row.kv_blocks)
         self._tenant_sequences[slot] += 1
-        word = self._plan.tenants // _WORD + slot * _TENANT_FRAME.words
+        word = self._plan.tenants // WORD + slot * TENANT_FRAME.words
         name = row.name.encode()[:TENANT_NAME_BYTES]
         self._tenants.write(word, self._tenant_sequences[slot], name, *row[1:])
         return True
@@ -249,8 +196,8 @@ class TelemetryReader:
 
     def poll(self, limit: int = POLL_RECORDS) -> list[StepRecord]:
         """Whole records newer than the last poll's, oldest first: the newest `limit` of them at most."""
-        raw = self._read_at(self._ring, _WORD)
-        head = _U64.unpack(raw)[0] if len(raw) == _WORD else 0
+        raw = self._read_at(self._ring, WORD)
+        head = _U64.unpack(raw)[0] if len(raw) == WORD else 0
         if head <= self._last:
             return []
         first = max(self._last + 1, head - min(limit, self._count) + 1)
@@ -270,7 +217,7 @@ class TelemetryReader:
         while first <= last:
             slot = (first - 1) % self._count
             run = min(last - first + 1, self._count - slot)
-            chunk = memoryview(self._read_at(self._ring + _HEAD_BYTES + slot * size, run * size))
+            chunk = memoryview(self._read_at(self._ring + HEAD_BYTES + slot * size, run * size))
             for i in range(run):
                 record = self._layout.unpack(chunk, i * size)
                 if record is not None and record.sequence == first + i:
@@ -279,7 +226,9 @@ class TelemetryReader:
         return records
 
     def histogram(self, name: str, class_index: int | None = None) -> HistogramSnapshot | None:
-        """Cumulative reading of `itl`, `ttft`, `queue_wait` or `step`; without a class: all classes together."""
+        """Cumulative reading of `itl`, `ttft`, `queue_wait` or `step`; without a class: all classes
+        together.
+        """
         if name != ONE and name not in PER_CLASS:
             return None
         if name != ONE and class_index is None:
@@ -290,14 +239,14 @@ class TelemetryReader:
             return total
         if not 0 <= (class_index or 0) < MAX_CLASSES:
             return None
-        index = _histogram_index(name, class_index or 0)
-        return read_histogram(self._read_at, self._histograms + index * HISTOGRAM_WORDS * _WORD)
+        index = histogram_index(name, class_index or 0)
+        return read_histogram(self._read_at, self._histograms + index * HISTOGRAM_WORDS * WORD)
 
     def classes(self) -> tuple[ClassRow, ...]:
         """Rows that the engine fills, lowest class first."""
         rows = []
         for level, name in enumerate(self.manifest.classes[:MAX_CLASSES]):
-            row = self._row(_CLASS_FRAME, self._classes, level)
+            row = self._row(CLASS_FRAME, self._classes, level)
             if row is not None:
                 rows.append(ClassRow(name, row[1], row[2]))
         return tuple(rows)
@@ -306,7 +255,7 @@ class TelemetryReader:
         """Rows that the engine fills, in the order in which tenants were first seen."""
         rows = []
         for slot in range(MAX_TENANTS):
-            row = self._row(_TENANT_FRAME, self._tenants, slot)
+            row = self._row(TENANT_FRAME, self._tenants, slot)
             if row is not None:
                 name = row[1].rstrip(b"\0").decode(errors="replace")
                 rows.append(TenantRow(name, *row[2:]))

@@ -1,7 +1,8 @@
 """Which directories and files the link believes.
 
-Anyone who can write a page can move an engine, so a page must be a regular file, reached through no symbolic link, in
-a directory of its own, neither of them writable by others; its owner one of `uids`, its group the directory's.
+Anyone who can write a page can move an engine, so a page must be a regular file, reached through no
+symbolic link, in a directory of its own, neither of them writable by others; its owner one of `uids`, its
+group the directory's.
 """
 
 import os
@@ -19,7 +20,7 @@ _DIRECTORY_MODE = 0o750
 
 
 def trusted_uids(environ: Mapping[str, str]) -> frozenset[int]:
-    """Owners whose pages are believed: those of KVPILOT_UIDS (`1000,65532`), else this process's own and root."""
+    """Owners whose pages are believed: KVPILOT_UIDS (`1000,65532`), else this process's own uid and root."""
     text = environ.get(ENVIRON_UIDS, "")
     if not text:
         return frozenset({os.geteuid(), 0})
@@ -61,7 +62,7 @@ def _make_directory(path: Path) -> None:
 
 
 def open_page(directory: int, name: str, uids: frozenset[int], flags: int) -> int:
-    """A descriptor of a page in `directory`. Raises FileNotFoundError, or LinkError where it cannot be trusted."""
+    """A descriptor of a page in `directory`. Raises FileNotFoundError, or LinkError if it is not trusted."""
     with suppress(FileNotFoundError):
         check_not_ours(os.stat(name, dir_fd=directory, follow_symlinks=False), name)
     try:
