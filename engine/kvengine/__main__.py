@@ -1,0 +1,5 @@
+"""`python -m kvengine` is the `kvengine` command."""
+
+from kvengine.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""From a configuration to a core that is ready to step: models, memory plan, executor, scheduler, telemetry.
+
+Everything that can be wrong with a model directory or a memory size is found here, before the engine says
+that it is ready. Imports torch; runs in the core process only.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from kvpilot.clock import Clock
+from kvpilot.inside.hook import StepHook
+from kvpilot.inside.lengths import LengthPredictor
+
+from kvengine.channel import Channel
+from kvengine.config import EngineConfig
+from kvengine.core import Core
+from kvengine.errors import StartError
+from kvengine.executor.torch import EagerExecutor
+from kvengine.kv.plan import Plan, plan
+from kvengine.kv.pool import BlockPool
+from kvengine.loop import EngineLoop
+from kvengine.manifest import build_manifest
+from kvengine.memory import DeviceMemory
+from kvengine.model import weights
+from kvengine.model.config import ModelConfig
+from kvengine.model.footprint import Footprint
+from kvengine.model.llama import Llama
+from kvengine.sched.admission import Limits
+from kvengine.sched.scheduler import Scheduler
+from kvengine.telemetry import Telemetry, provided_fields
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A loop that can run, and what to tell people about it."""
+
+    loop: EngineLoop
+    facts: dict[str, Any]
+
+
+def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
+    """Load, plan, connect. Raises EngineError with one line."""
+    torch.set_num_threads(config.threads)
+    target = ModelConfig.load(config.model)
+    draft = _draft_config(config, target)
+    max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
+    footprint = Footprint(target, draft, config.block_size, max_model_len)
+    drafts = config.speculative_tokens if draft else 0
+    memory_plan = plan(
+        memory_bytes=config.memory_bytes,
+        resident_bytes=footprint.resident_bytes,
+        kv_bytes_per_token=footprint.kv_bytes_per_token,
+        block_size=config.block_size,
+        worst_step_bytes=footprint.worst_step_bytes(config.step_token_budget, config.max_running, drafts),
+        kv_fraction=config.kv_fraction,
+    )
+    memory = DeviceMemory(config.memory_bytes)
+    executor = EagerExecutor(
+        Llama(target, weights.load(config.model, target), max_model_len),
+        Llama(draft, weights.load(config.draft, draft), max_model_len) if draft and config.draft else None,
+        memory,
+        memory_plan.blocks,
+        config.block_size,
+    )
+    scheduler = Scheduler(BlockPool(memory_plan.blocks), config.block_size, len(config.classes))
+    limits = Limits(max_model_len, memory_plan.kv_tokens)
+    lengths = LengthPredictor(limits.tokens)
+    core = Core(scheduler, executor, limits, frozenset(target.eos_token_ids), lengths, clock)
+    manifest = build_manifest(
+        config,
+        memory_plan,
+        fields=provided_fields(core, executor, lengths),
+        max_model_len=max_model_len,
+        activation_bytes_per_token=footprint.step.token_bytes,
+        device="cpu",
+    )
+    telemetry = Telemetry(core, executor, lengths, StepHook.open(manifest, clock=clock))
+    external = (config.external, memory) if config.external else None
+    loop = EngineLoop(core, telemetry, channel, clock, external)
+    return Engine(loop, _facts(memory_plan, limits, target))
+
+
+def _draft_config(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
+    if config.draft is None or config.speculative_tokens == 0:
+        return None
+    draft = ModelConfig.load(config.draft)
+    if draft.vocab_size != target.vocab_size:
+        raise StartError(
+            f"{config.draft}: a draft of {draft.vocab_size} tokens for a target of {target.vocab_size}; "
+            "both need the same vocabulary, or use --draft none"
+        )
+    return draft
+
+
+def _facts(memory_plan: Plan, limits: Limits, target: ModelConfig) -> dict[str, Any]:
+    """What the API process needs to know, and prints."""
+    return {
+        "plan": asdict(memory_plan),
+        "oversubscribed": memory_plan.oversubscribed,
+        "max_tokens": limits.tokens,
+        "vocabulary": target.vocab_size,
+    }

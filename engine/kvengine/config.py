@@ -1,0 +1,106 @@
+"""What an operator decides before the engine starts. Checked here, once, with messages that say what to do.
+
+Sizes are bytes, lengths tokens. The knobs' baselines are here too: a lease moves them later, within these.
+"""
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kvengine.errors import ConfigError
+
+SHIPPED_TARGET = Path(__file__).parent / "weights" / "target"
+SHIPPED_DRAFT = Path(__file__).parent / "weights" / "draft"
+SHIPPED_NAME = "kvpilot-tiny"
+
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalMemory:
+    """What a neighbour on the same device takes, and how long after the start."""
+
+    bytes: int
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine's settings. Raises ConfigError for a value that cannot work."""
+
+    model: Path = SHIPPED_TARGET
+    draft: Path | None = SHIPPED_DRAFT
+    name: str = SHIPPED_NAME
+    memory_bytes: int = 256 * 2**20
+    kv_fraction: float | None = None
+    external: ExternalMemory | None = None
+    block_size: int = 16
+    step_token_budget: int = 2048
+    prefill_chunk_tokens: int = 2048
+    max_running: int = 64
+    speculative_tokens: int = 4
+    admission_watermark: float = 1.0
+    max_model_len: int | None = None
+    threads: int = 1
+    classes: tuple[str, ...] = ("default",)
+    """Class names by level, lowest first."""
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "block_size", "step_token_budget", "max_running", "threads"):
+            self._at_least(name, 1)
+        self._at_least("prefill_chunk_tokens", 1)
+        self._at_least("speculative_tokens", 0)
+        if self.max_model_len is not None:
+            self._at_least("max_model_len", 2)
+        if self.prefill_chunk_tokens > self.step_token_budget:
+            raise ConfigError(
+                f"prefill_chunk_tokens={self.prefill_chunk_tokens}: a step has {self.step_token_budget} tokens; "
+                "lower it or raise --step-tokens"
+            )
+        if self.speculative_tokens > 16:
+            raise ConfigError(f"speculative_tokens={self.speculative_tokens}: at most 16")
+        if not 0.05 <= self.admission_watermark <= 1:
+            raise ConfigError(f"admission_watermark={self.admission_watermark}: a share of KV, 0.05 to 1")
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value < least:
+            raise ConfigError(f"{name}={value}: must be at least {least}")
+
+    def to_wire(self) -> dict[str, Any]:
+        """As JSON values, for the core process."""
+        wire = asdict(self)
+        wire["model"] = str(self.model)
+        wire["draft"] = None if self.draft is None else str(self.draft)
+        return wire
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> "EngineConfig":
+        """Inverse of `to_wire`."""
+        values = {field.name: wire[field.name] for field in fields(cls)}
+        values["model"] = Path(values["model"])
+        values["draft"] = None if values["draft"] is None else Path(values["draft"])
+        values["classes"] = tuple(values["classes"])
+        if values["external"] is not None:
+            values["external"] = ExternalMemory(**values["external"])
+        return cls(**values)
+
+
+def parse_bytes(text: str) -> int:
+    """`256MiB`, `1.5GiB`, `1000000` → bytes. Raises ConfigError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2] not in _UNITS:
+        units = ", ".join(unit for unit in _UNITS if unit)
+        raise ConfigError(f"{text!r} is not a size: write a number and one of {units}, as in 256MiB")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_external(text: str) -> ExternalMemory:
+    """`64MiB@10s` → how much a neighbour takes, and when. Raises ConfigError."""
+    size, at, moment = text.partition("@")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)s", moment.strip())
+    if not at or match is None:
+        raise ConfigError(f"{text!r}: write a size and a moment after the start, as in 64MiB@10s")
+    return ExternalMemory(parse_bytes(size), float(match[1]))

@@ -1,0 +1,120 @@
+"""The step loop: knobs, arrivals, one step, what came out, the record; and again. It waits only when idle.
+
+One iteration is a *step boundary*: leases are read and expire here, arrivals and cancellations take effect
+here, and nowhere else. Nothing in it blocks on the API process, and it ends when that process does.
+
+Messages from the API process: `["add", id, prompt, sampling, level, tenant, received_ns]`, `["cancel", id]`
+(the client went away), `["stop", id]` (its text reached a stop string).
+To it: `["out", emitted_ns, [[id, tokens, finish or null, first_scheduled_ns, preemptions], ...]]` and
+`["fail", id, status, message]`.
+"""
+
+import logging
+from typing import Any, Protocol
+
+from kvpilot.clock import NS, Clock
+
+from kvengine.channel import Channel
+from kvengine.config import ExternalMemory
+from kvengine.core import Core, Step
+from kvengine.errors import ChannelClosed
+from kvengine.request import Request, SamplingParams
+from kvengine.sched.scheduler import Knobs
+from kvengine.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.05
+"""An idle engine looks at its controls this often: it must already know its pilot when a burst arrives."""
+
+
+class Neighbour(Protocol):
+    """Whoever can take device memory from outside the engine."""
+
+    def set_external(self, size_bytes: int) -> int: ...
+
+
+class EngineLoop:
+    """Drives a core between a channel and the telemetry."""
+
+    def __init__(
+        self,
+        core: Core,
+        telemetry: Telemetry,
+        channel: Channel,
+        clock: Clock,
+        external: tuple[ExternalMemory, Neighbour] | None = None,
+    ) -> None:
+        self._core = core
+        self._telemetry = telemetry
+        self._channel = channel
+        self._clock = clock
+        self._external = external
+        self._started_ns = clock.monotonic_ns()
+
+    def run(self) -> None:
+        """Until the API process is gone."""
+        try:
+            while True:
+                self.turn()
+        except ChannelClosed:
+            log.info("the API process is gone; stopping")
+        finally:
+            self._telemetry.close()
+
+    def turn(self) -> None:
+        """One step boundary and, if there is work, the step after it. Raises ChannelClosed."""
+        now_ns = self._clock.monotonic_ns()
+        if self._external is not None:
+            self._let_neighbour_in(now_ns)
+        knobs = self._telemetry.knobs(now_ns)
+        for message in self._channel.receive():
+            self._take(message)
+        if self._core.requests:
+            step = self._core.step(knobs)
+            self._report(step)
+            self._telemetry.record(step, knobs)
+        else:
+            self._idle(now_ns, knobs)
+
+    def _take(self, message: list[Any]) -> None:
+        kind, request_id, *rest = message
+        if kind == "cancel":
+            self._core.cancel(request_id)
+        elif kind == "stop":
+            self._core.stop(request_id)
+        else:
+            prompt, sampling, level, tenant, received_ns = rest
+            request = Request(request_id, prompt, SamplingParams(**sampling), level, tenant, received_ns)
+            reason = self._core.accept(request)
+            if reason is not None:
+                self._channel.send(["fail", request_id, 400, reason])
+
+    def _report(self, step: Step) -> None:
+        rows = [
+            (e.request.id, e.tokens, e.finish, e.request.first_scheduled_ns, e.request.preemptions)
+            for e in step.emissions
+        ]
+        if rows:
+            self._channel.send(["out", step.ended_ns, rows])
+        elif self._channel.unsent:
+            self._channel.flush()
+        for failure in step.failures:
+            self._channel.send(["fail", failure.request.id, failure.status, failure.message])
+
+    def _idle(self, now_ns: int, knobs: Knobs) -> None:
+        self._telemetry.record_idle(now_ns, knobs)
+        wait_s = IDLE_WAIT_S
+        expiry_ns = self._telemetry.wake_by_ns()
+        if expiry_ns is not None:
+            wait_s = min(wait_s, max(0.0, (expiry_ns - now_ns) / NS))
+        if self._channel.unsent:
+            self._channel.flush()
+        self._channel.wait(wait_s)
+
+    def _let_neighbour_in(self, now_ns: int) -> None:
+        external, neighbour = self._external or (None, None)
+        if external and neighbour and now_ns - self._started_ns >= external.after_s * NS:
+            taken_bytes = neighbour.set_external(external.bytes)
+            log.warning("a neighbour took %.1f MiB of device memory", taken_bytes / 2**20)
+            self._external = None

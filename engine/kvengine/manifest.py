@@ -1,0 +1,78 @@
+"""The manifest of this engine: what it is, which knobs it has and how far they go, which fields it fills.
+
+Every knob's maximum is what the operator configured: memory was planned for that, so a lease can only ask for less
+(the watermark, a share, goes up to the whole pool). `shed_fraction` is applied by the valve in front.
+"""
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+from kvpilot.knobs import KNOBS
+from kvpilot.link.fields import STEP_FIELDS
+from kvpilot.link.manifest import Manifest, ManifestKnob
+
+from kvengine.config import EngineConfig
+from kvengine.kv.plan import Plan
+
+AT_STEP = "at the next step boundary"
+
+NO_PREFIX_CACHE = "this engine has no prefix cache"
+
+
+def build_manifest(
+    config: EngineConfig,
+    plan: Plan,
+    *,
+    fields: Iterable[str],
+    max_model_len: int,
+    activation_bytes_per_token: int,
+    device: str,
+) -> Manifest:
+    """The manifest of an engine that runs `config` in the memory of `plan`."""
+    knobs = (
+        _knob("step_token_budget", 1, config.step_token_budget, config.step_token_budget, AT_STEP),
+        _knob(
+            "prefill_chunk_tokens",
+            1,
+            config.step_token_budget,
+            config.prefill_chunk_tokens,
+            f"per step, over all requests, {AT_STEP}",
+        ),
+        _knob("speculative_tokens", 0, config.speculative_tokens, config.speculative_tokens, AT_STEP),
+        _knob("max_running", 1, config.max_running, config.max_running, f"{AT_STEP}; lowering it drains"),
+        _knob("admission_watermark", 0.05, 1.0, config.admission_watermark, AT_STEP, granularity=0.01),
+        _knob("shed_fraction", 0.0, 1.0, 0.0, "by the valve, at the next request", granularity=0.01),
+    )
+    speculates = config.draft is not None and config.speculative_tokens > 0
+    return Manifest(
+        engine="kvengine",
+        engine_version=_version(),
+        model=config.name,
+        block_size=plan.block_size,
+        blocks=plan.blocks,
+        bytes_per_block=plan.block_bytes,
+        max_model_len=max_model_len,
+        device=device,
+        knobs=tuple(knob for knob in knobs if speculates or knob.name != "speculative_tokens"),
+        fields=tuple(STEP_FIELDS[name] for name in fields),
+        classes=config.classes,
+        activation_bytes_per_token=activation_bytes_per_token,
+        device_memory_bytes=plan.memory_bytes,
+        unsupported_knobs={} if speculates else {"speculative_tokens": "no draft model is loaded"},
+        unsupported_signals=dict.fromkeys(
+            ("prefix_tokens_queried_total", "prefix_tokens_hit_total"), NO_PREFIX_CACHE
+        ),
+    )
+
+
+def _knob(
+    name: str, minimum: float, maximum: float, baseline: float, applied: str, granularity: float = 1
+) -> ManifestKnob:
+    return ManifestKnob(name, KNOBS[name].unit, minimum, maximum, baseline, granularity, applied)
+
+
+def _version() -> str:
+    try:
+        return version("kvpilot")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,192 @@
+"""The OpenAI wire format, as far as this engine speaks it: bodies in, responses and chunks out, errors.
+
+Fields that we do not know are ignored, as clients send many; fields that we know and cannot honour are refused
+when they ask for something, so that nobody gets other output than was asked for without being told.
+"""
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+MAX_STOPS = 4
+COMPLETION_MAX_TOKENS = 16
+"""What a completion without max_tokens gets; OpenAI's default."""
+
+_REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "suffix": (None, ""),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+}
+
+
+class BadRequest(Exception):
+    """A request that cannot be served as it is; one line for its sender."""
+
+    def __init__(
+        self, message: str, status: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class Body(BaseModel):
+    """What both endpoints take."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    """Extension: go on to max_tokens whatever the model says."""
+    kvpilot_times: bool = False
+    """Extension: tell when the engine emitted each token."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_we_lack(cls, raw: Any) -> Any:
+        if isinstance(raw, dict):
+            for name, harmless in _REFUSED_UNLESS.items():
+                if name in raw and raw[name] not in harmless:
+                    raise ValueError(f"{name}={json.dumps(raw[name])[:60]} is not supported; leave it out")
+        return raw
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} stop strings")
+        return stop
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "Body":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings that can stop anything."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in stops if stop]
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """Most tokens to generate; None for as many as fit."""
+        return self.max_tokens
+
+
+B = TypeVar("B", bound=Body)
+
+
+class CompletionBody(Body):
+    prompt: str | list[int]
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+            return prompt[0]
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, list) and all(type(token) is int for token in prompt)
+        ):
+            raise ValueError("give one text or one list of token ids")
+        return prompt
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: str
+    content: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_only(cls, content: Any) -> Any:
+        """Content may come in parts; ours are text."""
+        if not isinstance(content, list):
+            return content
+        texts = [
+            part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"
+        ]
+        if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("only text parts are supported")
+        return "".join(texts)
+
+
+class ChatBody(Body):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def parse(kind: type[B], data: bytes) -> B:
+    """A body from its bytes. Raises BadRequest with the first thing that is wrong."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[int]", "list[str]"))
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
+        raise BadRequest(f"{where}: {message}" if where else message, param=where or None) from None
+
+
+def sampling(body: Body, max_tokens: int, seed: int) -> dict[str, Any]:
+    """The fields of SamplingParams; `seed` is for requests that bring none."""
+    return {
+        "max_tokens": max_tokens,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "seed": seed if body.seed is None else body.seed,
+        "ignore_eos": body.ignore_eos,
+    }
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An OpenAI-style error."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

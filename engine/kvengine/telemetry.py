@@ -1,0 +1,202 @@
+"""What the engine tells the link: a record a step, latencies, queues, tenants; and what the link tells it: knobs.
+
+The step record's fields are the keys of what `_reading` returns, in its order: the manifest is built from them.
+What needs a scan over all requests (KV demand ahead, tenants) is done every `SCAN_STEPS` steps and when the engine
+falls idle. O(emissions) a step, O(requests) a scan.
+"""
+
+from collections import Counter
+from typing import Protocol
+
+from kvpilot.inside.hook import StepHook
+from kvpilot.inside.lengths import LengthPredictor
+from kvpilot.link.fields import HORIZONS, QUANTILES
+from kvpilot.link.telemetry import TenantRow
+
+from kvengine.core import Core, Step
+from kvengine.sched.scheduler import Knobs
+
+SCAN_STEPS = 16
+
+_DEMAND_FIELDS = tuple(f"demand_{horizon}_{q}_blocks" for horizon in HORIZONS for q in QUANTILES)
+
+
+class MemoryReading(Protocol):
+    """Bytes of the device, between steps."""
+
+    free: int
+    reserved: int
+    allocated: int
+
+
+class MemorySource(Protocol):
+    """Whoever knows the device's memory."""
+
+    def memory(self) -> MemoryReading: ...
+
+
+def provided_fields(core: Core, memory: MemorySource, lengths: LengthPredictor) -> tuple[str, ...]:
+    """Names of the step-record fields that this engine fills, in the order in which it does."""
+    return tuple(_reading(core, memory, 0, 0, _Scan(core, lengths)))
+
+
+class Telemetry:
+    """Between one core and one step hook. Used from the core's thread."""
+
+    def __init__(self, core: Core, memory: MemorySource, lengths: LengthPredictor, hook: StepHook) -> None:
+        self._core = core
+        self._memory = memory
+        self._lengths = lengths
+        self._hook = hook
+        self._scan = _Scan(core, lengths)
+        self._queues: list[tuple[int, int] | None] = [None] * len(core.scheduler.waiting.waiting_by_level)
+        self._echoed: tuple[object, ...] = ()
+        self._tenants: dict[str, TenantRow] = {}
+        self._tenant_tokens: Counter[str] = Counter()
+        self._tenants_at_ns = 0
+
+    def knobs(self, now_ns: int) -> Knobs:
+        """The values in force at this step boundary."""
+        values = self._hook.begin_step(now_ns)
+        return Knobs(
+            int(values["step_token_budget"]),
+            int(values["prefill_chunk_tokens"]),
+            int(values.get("speculative_tokens", 0)),
+            int(values["max_running"]),
+            values["admission_watermark"],
+        )
+
+    def record(self, step: Step, knobs: Knobs) -> None:
+        """Write down a step that has ended."""
+        self._observe(step)
+        idle = not self._core.requests
+        if idle or self._core.totals.steps % SCAN_STEPS == 0:
+            self._scan = _Scan(self._core, self._lengths)
+            self._show_tenants(step.ended_ns)
+        self._show_queues()
+        reading = _reading(
+            self._core, self._memory, step.ended_ns, step.ended_ns - step.started_ns, self._scan
+        )
+        self._hook.end_step(tuple(reading.values()))
+        self._echoed = (knobs, reading["device_free_bytes"])
+
+    def record_idle(self, now_ns: int, knobs: Knobs) -> None:
+        """Between steps: write down again what moved without one, knobs or memory, so that it can be seen."""
+        echo = (knobs, self._memory.memory().free)
+        self._show_queues()
+        if echo != self._echoed:
+            self._hook.end_step(tuple(_reading(self._core, self._memory, now_ns, 0, self._scan).values()))
+            self._echoed = echo
+
+    def wake_by_ns(self) -> int | None:
+        """When a lease runs out next."""
+        return self._hook.next_expiry_ns()
+
+    def close(self) -> None:
+        self._hook.close()
+
+    def _observe(self, step: Step) -> None:
+        hook = self._hook
+        for request in self._core.scheduler.admitted:
+            hook.queue_wait[request.klass].record(request.first_scheduled_ns - request.arrived_ns)
+        for emission in step.emissions:
+            request, count = emission.request, len(emission.tokens)
+            if request.tenant:
+                self._tenant_tokens[request.tenant] += count
+            if emission.first:
+                hook.ttft[request.klass].record(emission.since_ns)
+                continue
+            # The tokens of one step share the time since the previous emission, or speculation would fill
+            # the histogram with zeros.
+            record, gap_ns = hook.itl[request.klass].record, emission.since_ns // count
+            for _ in range(count):
+                record(gap_ns)
+
+    def _show_queues(self) -> None:
+        waiting = self._core.scheduler.waiting
+        rows = zip(waiting.waiting_by_level, waiting.prompt_tokens_by_level, strict=True)
+        for level, row in enumerate(rows):
+            if row != self._queues[level]:
+                self._hook.set_class(level, *row)
+                self._queues[level] = row
+
+    def _show_tenants(self, now_ns: int) -> None:
+        elapsed_ns = now_ns - self._tenants_at_ns if self._tenants_at_ns else 0
+        self._tenants_at_ns = now_ns
+        scheduler = self._core.scheduler
+        running = Counter(request.tenant for request in scheduler.running if request.tenant)
+        waiting = Counter(request.tenant for request in scheduler.waiting if request.tenant)
+        blocks: Counter[str] = Counter()
+        for request in scheduler.running:
+            if request.tenant:
+                blocks[request.tenant] += len(request.blocks)
+        for tenant in self._tenants.keys() | running.keys() | waiting.keys() | self._tenant_tokens.keys():
+            before = self._tenants.get(tenant)
+            # What is held now is taken to have been held since the last scan.
+            block_ns = (before.block_ns_total if before else 0) + blocks[tenant] * elapsed_ns
+            row = TenantRow(
+                tenant,
+                running[tenant],
+                waiting[tenant],
+                blocks[tenant],
+                block_ns,
+                self._tenant_tokens[tenant],
+            )
+            if row != before:
+                self._tenants[tenant] = row
+                self._hook.set_tenant(*row)
+
+
+class _Scan:
+    """KV blocks that the running requests are predicted to hold some steps ahead."""
+
+    def __init__(self, core: Core, lengths: LengthPredictor) -> None:
+        self.step = core.totals.steps
+        running = ((len(request.tokens), request.output_count) for request in core.scheduler.running)
+        demands = lengths.demand(running, core.scheduler.block_size, HORIZONS)
+        values = [value for demand in demands for value in demand]
+        self.fields = dict(zip(_DEMAND_FIELDS, values, strict=True))
+
+
+def _reading(
+    core: Core, memory: MemorySource, now_ns: int, duration_ns: int, scan: _Scan
+) -> dict[str, float]:
+    """The step record. Adding a key adds a field; each is in the catalogue of `kvpilot.link.fields`."""
+    totals, scheduler, device = core.totals, core.scheduler, memory.memory()
+    pool, waiting, running = scheduler.pool, scheduler.waiting, scheduler.running
+    held = pool.referenced * scheduler.block_size
+    return {
+        "time_ns": now_ns,
+        "duration_ns": duration_ns,
+        "steps_total": totals.steps,
+        "prefill_tokens_total": totals.prefill_tokens,
+        "decode_tokens_total": totals.decode_tokens,
+        "drafted_tokens_total": totals.drafted_tokens,
+        "accepted_tokens_total": totals.accepted_tokens,
+        "draft_rounds_total": totals.draft_rounds,
+        "rejected_rounds_total": totals.rejected_rounds,
+        "decode_sequences_total": totals.decode_sequences,
+        "context_tokens_total": totals.context_tokens,
+        "chunk_positions_total": totals.chunk_positions,
+        "running": len(running),
+        "waiting": len(waiting),
+        "waiting_prompt_tokens": waiting.prompt_tokens,
+        "kv_limited_steps_total": totals.kv_limited_steps,
+        "budget_limited_steps_total": totals.budget_limited_steps,
+        "kv_blocks_free": pool.free,
+        "kv_blocks_cached": pool.cached,
+        "kv_blocks_shared": pool.shared,
+        "tail_waste_tokens": held - sum([request.computed for request in running]),
+        "preemptions_total": scheduler.preemptions_total,
+        "recomputed_tokens_total": totals.recomputed_tokens,
+        "finished_total": totals.finished,
+        "rejected_total": totals.rejected,
+        "cancelled_total": totals.cancelled,
+        "failed_total": totals.failed,
+        "oom_total": totals.oom,
+        "device_free_bytes": device.free,
+        "device_reserved_bytes": device.reserved,
+        "device_allocated_bytes": device.allocated,
+        "demand_step": scan.step,
+        **scan.fields,
+    }
