@@ -34,7 +34,7 @@ def sample(distribution: Tensor, uniforms: Tensor) -> Tensor:
 
     The rows need not sum to one: unnormalised weights are drawn from in proportion.
     """
-    # In float64, so that neither the sum of a large vocabulary nor a uniform close to 1 rounds past the end.
+    # In float64 for the sum over a large vocabulary; below the total even if a uniform was rounded up to 1.
     cumulative = distribution.double().cumsum(-1)
     total = cumulative[..., -1:]
     point = torch.minimum(
