@@ -76,8 +76,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, OpenAI-compatible."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+    _on_stop_signals(_leave)
     try:
         if callers is not None:
             os.environ["KVPILOT_CALLERS"] = str(callers)
@@ -140,7 +139,12 @@ async def _run(server: Server, engine: EngineClient, listener: socket.socket) ->
         timeout_graceful_shutdown=DRAIN_S,
         lifespan="on",
     )
+    # The server drains on these signals and then raises them again; we are leaving by then anyway.
+    _on_stop_signals(signal.SIG_IGN)
     await uvicorn.Server(settings).serve(sockets=[listener])
+    # The lifespan has reported its end and may still be tidying up behind it.
+    if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(rest, timeout=1)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -182,8 +186,13 @@ def _mib(size_bytes: int) -> str:
     return f"{size_bytes / 2**20:.1f} MiB"
 
 
+def _on_stop_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 def _leave(_number: int, _frame: object) -> None:
-    """Asked to stop, and the server has drained: leave by the front door, so that the core is stopped too."""
+    """Asked to stop while starting."""
     raise SystemExit(0)
 
 

@@ -56,8 +56,8 @@ class EngineConfig:
             self._at_least("max_model_len", 2)
         if self.prefill_chunk_tokens > self.step_token_budget:
             raise ConfigError(
-                f"prefill_chunk_tokens={self.prefill_chunk_tokens}: a step has {self.step_token_budget} tokens; "
-                "lower it or raise --step-tokens"
+                f"prefill_chunk_tokens={self.prefill_chunk_tokens}: a step has {self.step_token_budget} "
+                "tokens; lower it or raise --step-tokens"
             )
         if self.speculative_tokens > 16:
             raise ConfigError(f"speculative_tokens={self.speculative_tokens}: at most 16")

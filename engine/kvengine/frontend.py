@@ -1,8 +1,8 @@
 """The API process's side of the core: submit a request, read what it emits, cancel it, notice a dead core.
 
 Everything runs on one asyncio loop, which reads the channel whenever there is something. Emissions that
-arrive while a reader is busy are handed over together. When the core dies every open generation gets an error:
-no client hangs.
+arrive while a reader is busy are handed over together. When the core dies every open generation gets an
+error: no client hangs.
 """
 
 import asyncio
@@ -99,7 +99,7 @@ class EngineClient:
     def submit(
         self, prompt: list[int], sampling: Mapping[str, Any], level: int, tenant: str | None, received_ns: int
     ) -> Generation:
-        """Send a request to the core; `sampling` holds the fields of SamplingParams. Raises GenerationError."""
+        """Send a request to the core; `sampling`: the fields of SamplingParams. Raises GenerationError."""
         self._last_id += 1
         generation = Generation(self, self._last_id, received_ns)
         self._open[generation.id] = generation

@@ -1,7 +1,7 @@
 """The manifest of this engine: what it is, which knobs it has and how far they go, which fields it fills.
 
-Every knob's maximum is what the operator configured: memory was planned for that, so a lease can only ask for less
-(the watermark, a share, goes up to the whole pool). `shed_fraction` is applied by the valve in front.
+Every knob's maximum is what the operator configured: memory was planned for that, so a lease can only ask for
+less (the watermark, a share, goes up to the whole pool). `shed_fraction` is applied by the valve in front.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from kvengine.kv.plan import Plan
 
 AT_STEP = "at the next step boundary"
 
-NO_PREFIX_CACHE = "this engine has no prefix cache"
+PREFIX_FIELDS = ("prefix_tokens_queried_total", "prefix_tokens_hit_total")
 
 
 def build_manifest(
@@ -59,9 +59,7 @@ def build_manifest(
         activation_bytes_per_token=activation_bytes_per_token,
         device_memory_bytes=plan.memory_bytes,
         unsupported_knobs={} if speculates else {"speculative_tokens": "no draft model is loaded"},
-        unsupported_signals=dict.fromkeys(
-            ("prefix_tokens_queried_total", "prefix_tokens_hit_total"), NO_PREFIX_CACHE
-        ),
+        unsupported_signals=dict.fromkeys(PREFIX_FIELDS, "this engine has no prefix cache"),
     )
 
 

@@ -1,7 +1,7 @@
 """The OpenAI wire format, as far as this engine speaks it: bodies in, responses and chunks out, errors.
 
-Fields that we do not know are ignored, as clients send many; fields that we know and cannot honour are refused
-when they ask for something, so that nobody gets other output than was asked for without being told.
+Fields that we do not know are ignored, as clients send many; fields that we know and cannot honour are
+refused when they ask for something, so that nobody gets other output than was asked for without being told.
 """
 
 import json

@@ -1,8 +1,9 @@
 """The HTTP server: OpenAI-compatible completions and chat, streaming and not.
 
-One generation is answered in two parts. Its first tokens are awaited before anything is sent, so that whatever
-goes wrong until then (too long, out of memory, core gone) gets its own status code; then the rest follows as
-events, or all at once. When the client goes away, at any point, the generation is cancelled and its KV is free.
+One generation is answered in two parts. Its first tokens are awaited before anything is sent, so that
+whatever goes wrong until then (too long, out of memory, core gone) gets its own status code; then the rest
+follows as events, or all at once. When the client goes away, at any point, the generation is cancelled and
+its KV is free.
 
 This process never imports torch: the model lives in the core process.
 """

@@ -1,8 +1,8 @@
-"""What the engine tells the link: a record a step, latencies, queues, tenants; and what the link tells it: knobs.
+"""What the engine tells the link (a record a step, latencies, queues, tenants), and what it is told: knobs.
 
-The step record's fields are the keys of what `_reading` returns, in its order: the manifest is built from them.
-What needs a scan over all requests (KV demand ahead, tenants) is done every `SCAN_STEPS` steps and when the engine
-falls idle. O(emissions) a step, O(requests) a scan.
+The step record's fields are the keys of what `_reading` returns, in its order: the manifest is built from
+them. What needs a scan over all requests (KV demand ahead, tenants) is done every `SCAN_STEPS` steps and when
+the engine falls idle. O(emissions) a step, O(requests) a scan.
 """
 
 from collections import Counter
