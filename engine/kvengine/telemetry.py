@@ -78,11 +78,12 @@ class Telemetry:
             self._core, self._memory, step.ended_ns, step.ended_ns - step.started_ns, self._scan
         )
         self._hook.end_step(tuple(reading.values()))
-        self._echoed = (knobs, reading["device_free_bytes"])
+        self._echoed = (knobs, reading["device_free_bytes"], self._core.totals.cancelled)
 
     def record_idle(self, now_ns: int, knobs: Knobs) -> None:
-        """Between steps: write down again what moved without one, knobs or memory, so that it can be seen."""
-        echo = (knobs, self._memory.memory().free)
+        """Between steps: write down again what moved without one (knobs, memory, requests), for all to see."""
+        # A cancelled request leaves without a step: the last record would show it running for ever.
+        echo = (knobs, self._memory.memory().free, self._core.totals.cancelled)
         self._show_queues()
         if echo != self._echoed:
             self._hook.end_step(tuple(_reading(self._core, self._memory, now_ns, 0, self._scan).values()))

@@ -63,6 +63,8 @@ class Flight:
 
     async def start(self, prompt: Any) -> None:
         """Start the engine and measure it. Raises DemoError."""
+        for name in ("telemetry", "controls"):
+            (self._folder / name).mkdir(mode=0o750)
         callers = {"classes": CLASSES, "default": "batch", "header": CALLER_HEADER, "keys": {}}
         (self._folder / "callers.json").write_text(json.dumps(callers))
         arguments = ["kvengine", "serve", "--host", "127.0.0.1", "--port", str(self._port), "--name", MODEL]
