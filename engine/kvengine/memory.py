@@ -1,8 +1,8 @@
 """Device memory as a finite thing: who holds how much, and the error a device raises when asked for more.
 
-On a CPU nothing bounds an engine the way a GPU's memory does, so the engine charges every allocation it makes on
-its "device" (weights, KV pool, step workspace) to a `DeviceMemory`, before it makes it. A neighbour on the same
-device takes from the same account. Each call is O(1).
+On a CPU nothing bounds an engine the way a GPU's memory does, so the engine charges every allocation it
+makes on its "device" (weights, KV pool, step workspace) to a `DeviceMemory`, before it makes it. A
+neighbour on the same device takes from the same account. Each call is O(1).
 
 Invariant: 0 <= allocated, and allocated + external <= limit at every moment.
 """
@@ -16,7 +16,9 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class MemoryReading:
-    """Bytes. `reserved` is what the allocator holds, `allocated` what live tensors do; equal by exact accounting."""
+    """Bytes. `reserved` is what the allocator holds, `allocated` what live tensors do; equal by exact
+    accounting.
+    """
 
     free: int
     reserved: int
@@ -77,10 +79,11 @@ class DeviceMemory:
         return self._external_bytes
 
     def _out_of_memory(self, size_bytes: int, purpose: str) -> Exception:
-        import torch  # only here: the account itself also serves simulations, which have no torch
+        import torch  # Only here: the account itself also serves simulations, which have no torch.
 
         return torch.OutOfMemoryError(
             f"device out of memory: {purpose} needs {size_bytes / MIB:.1f} MiB, "
             f"{self.free_bytes / MIB:.1f} MiB free of {self.limit_bytes / MIB:.1f} MiB "
-            f"({self._allocated_bytes / MIB:.1f} MiB allocated, {self._external_bytes / MIB:.1f} MiB by a neighbour)"
+            f"({self._allocated_bytes / MIB:.1f} MiB allocated, "
+            f"{self._external_bytes / MIB:.1f} MiB held by a neighbour)"
         )

@@ -1,8 +1,8 @@
 """Paged attention over a ragged batch: what an engine calls. `reference` says what it means.
 
-A step makes one `PagedAttention` for all its spans (prefill chunks, decodes, drafts to verify) and calls `attend`
-once a layer. Single-token spans share calls (`cpu.DecodeGroup`; on CUDA one Triton kernel), longer spans go one by
-one (`tiled.TiledSpan`).
+A step makes one `PagedAttention` for all its spans (prefill chunks, decodes, drafts to verify) and calls
+`attend` once a layer. Single-token spans share calls (`cpu.DecodeGroup`; on CUDA one Triton kernel), longer
+spans go one by one (`tiled.TiledSpan`).
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
 """Decode attention on a CPU: single queries of several sequences at a time, over gathered KV.
 
-Sequences are taken in groups whose gathered KV fits in a core's cache: gathering row by row into a reused buffer and
-reading it back at once is what makes pages nearly as fast as contiguous memory. Sequences of a group are padded to
-its longest; `grouped` ends a group before padding costs more than another call, so callers sort spans by context.
-A group costs two kernel calls and a copy a layer, however many sequences it holds.
+Sequences are taken in groups whose gathered KV fits in a core's cache: gathering row by row into a reused
+buffer and reading it back at once is what makes pages nearly as fast as contiguous memory. Sequences of a
+group are padded to its longest; `grouped` ends a group before padding costs more than another call, so
+callers sort spans by context. A group costs two kernel calls and a copy a layer, however many sequences it
+holds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,29 +13,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvkernels.geometry import FLOAT_BYTES, GATHER_BYTES, Geometry, Span
+from kvkernels.geometry import FLOAT_BYTES, GATHER_BYTES, TILE_ROWS, Geometry, Span
 from kvkernels.scratch import Scratch
 
 _PADDING_LIMIT = 1.25
-"""A group's padded size over its real size: beyond it, calling again is cheaper than attending to padding."""
+_FREE_PADDING_BLOCKS = 16
+"""A group's padded size may be this many times its real size and this much more; beyond it, calling again is
+cheaper than attending to padding."""
 
 
-def grouped(spans: Sequence[Span], geometry: Geometry) -> Iterator[list[Span]]:
+def grouped(spans: Sequence[Span], geometry: Geometry) -> Iterator[Sequence[Span]]:
     """Split single-token spans of consecutive rows into groups to be gathered together."""
     budget_blocks = GATHER_BYTES // (geometry.block_floats * FLOAT_BYTES)
-    group: list[Span] = []
-    widest = total = 0
-    for span in spans:
-        blocks = geometry.blocks_for(span.context)
-        width, size = max(widest, blocks), len(group) + 1
-        padded = width * size
-        if group and (padded > budget_blocks or padded > _PADDING_LIMIT * (total + blocks) + size):
-            yield group
-            group, widest, total, width = [], 0, 0, blocks
-        group.append(span)
-        widest, total = width, total + blocks
-    if group:
-        yield group
+    widths = [geometry.blocks_for(span.context) for span in spans]
+    # As many groups as the budget asks for, of like size: a small rest costs a whole call.
+    size = min(TILE_ROWS, -(-len(spans) // max(1, -(-sum(widths) // budget_blocks))))
+    first = 0
+    while first < len(spans):
+        end, widest, total = first, 0, 0
+        while end < len(spans) and end - first < size:
+            widest, total = max(widest, widths[end]), total + widths[end]
+            padded = widest * (end - first + 1)
+            if end > first and (
+                padded > budget_blocks or padded > _PADDING_LIMIT * total + _FREE_PADDING_BLOCKS
+            ):
+                break
+            end += 1
+        yield spans[first:end]
+        first = end
 
 
 class DecodeGroup:

@@ -1,7 +1,7 @@
 """The shapes that paged attention works on. No torch.
 
-A pool holds one layer's KV as `[blocks, block_size, 2, kv_heads, head_dim]`: K and V of a token lie together, so
-that one gather of whole rows fetches both, and one indexed copy writes both.
+A pool holds one layer's KV as `[blocks, block_size, 2, kv_heads, head_dim]`: K and V of a token lie
+together, so that one gather of whole rows fetches both, and one indexed copy writes both.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 FLOAT_BYTES = 4
 
-GATHER_BYTES = 3 << 19
-"""Gathered KV is used at once: this much of it stays in a core's second-level cache."""
+GATHER_BYTES = 3 << 20
+"""KV gathered at a time. It is read back at once, so it should stay in a core's share of the last-level
+cache; less means more calls, which for short sequences costs more than the cache gives.
+"""
 
 TILE_ROWS = 128
 """Queries of a long span are taken this many at a time, so that the causal mask stays small."""
@@ -44,7 +46,9 @@ class Geometry:
 
 @dataclass(slots=True)
 class Span:
-    """`count` new tokens of one sequence, in rows `first_row` and on; `context` counts them and all before them."""
+    """`count` new tokens of one sequence, in rows `first_row` and on; `context` counts them and all before
+    them.
+    """
 
     first_row: int
     count: int

@@ -1,7 +1,7 @@
 """Decode attention in Triton: one program a sequence and KV head walks that sequence's block table.
 
-Online softmax over blocks, fp32. The query heads of a KV head are rows of one tile, so KV is read once for all of
-them. Tested on Triton's CPU interpreter against `reference`; O(context) a program.
+Online softmax over blocks, fp32. The query heads of a KV head are rows of one tile, so KV is read once for
+all of them. Tested on Triton's CPU interpreter against `reference`; O(context) a program.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """What paged attention means, in plain torch: the spec that every fast path must match. Slow on purpose.
 
-Position p of a sequence lies in block `blocks[p // block_size]`, row `p % block_size`. A new token sees itself and
-all before it. Query head h reads KV head h // (heads // kv_heads).
+Position p of a sequence lies in block `blocks[p // block_size]`, row `p % block_size`. A new token sees
+itself and all before it. Query head h reads KV head h // (heads // kv_heads).
 """
 
 from collections.abc import Sequence

@@ -10,13 +10,15 @@ from kvkernels.geometry import FLOAT_BYTES, TILE_ROWS, Geometry, mask_floats, sc
 
 
 class Scratch:
-    """`gathered` takes KV rows of any geometry that fits; `causal(start, rows)` is a view, never a computation."""
+    """`gathered` takes KV rows of any geometry that fits; `causal(start, rows)` is a view, never a
+    computation.
+    """
 
     def __init__(self, floats: int, max_context: int, device: torch.device) -> None:
         self.gathered = torch.zeros(floats, device=device)
         self.max_context = max_context
-        # Row i sees column j when j - max_context <= i. A tile whose first query sits at position p reads the columns
-        # from max_context - p on: the same numbers serve every offset.
+        # Row i sees column j when j - max_context <= i. A tile whose first query sits at position p reads
+        # the columns from max_context - p on: the same numbers serve every offset.
         columns = torch.arange(max_context + TILE_ROWS, device=device) - max_context
         rows = torch.arange(TILE_ROWS, device=device).unsqueeze(1)
         self._mask = torch.zeros(TILE_ROWS, max_context + TILE_ROWS, device=device)

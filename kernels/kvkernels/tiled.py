@@ -1,7 +1,8 @@
 """Attention of a span of several tokens (a prefill chunk, drafts to verify) over its sequence's pages.
 
-The sequence's KV is gathered once a layer; queries go through it in tiles of TILE_ROWS, each up to its own last
-position. So the mask is small and the upper triangle is mostly not computed. The same code serves any device.
+The sequence's KV is gathered once a layer; queries go through it in tiles of TILE_ROWS, each up to its own
+last position. So the mask is small and the upper triangle is mostly not computed. The same code serves any
+device.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """From a step's logits to the tokens each sequence emits: sampled, or drafts judged and one token more.
 
-Greedy batches take the largest logit and build no distribution. Otherwise each request's own generator provides
-the uniforms, as many as it would need in any other batch. O(rows x vocabulary).
+Greedy batches take the largest logit and build no distribution. Otherwise each request's own generator
+provides the uniforms, as many as it would need in any other batch. O(rows x vocabulary).
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,13 @@ from kvengine.spec.verify import verify
 def greedy(requests: Sequence[Request]) -> bool:
     """Whether each of them just takes its largest logit."""
     return all(request.sampling.temperature < GREEDY_BELOW for request in requests)
+
+
+def draws(request: Request) -> int:
+    """How a row of this request counts in `StepSize.drawn_rows`."""
+    if request.sampling.temperature < GREEDY_BELOW:
+        return 0
+    return 2 if request.sampling.top_p < 1.0 else 1
 
 
 def sampling_rows(requests: Sequence[Request], device: torch.device) -> tuple[Tensor, Tensor]:

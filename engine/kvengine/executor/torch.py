@@ -1,8 +1,8 @@
 """Runs batches on a real model: one forward pass of the target a step, the draft's before it when drafting.
 
 The step's memory is charged to the device's account before anything is touched, so a step that does not fit
-leaves every request as it was. On a CPU everything is eager torch: compiled, this forward pass was measured nine
-times slower.
+leaves every request as it was. On a CPU everything is eager torch: compiled, this forward pass was measured
+nine times slower.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kvengine.errors import DeviceOutOfMemory
 from kvengine.executor import emission
+from kvengine.executor.cuda_memory import CudaMemory
+from kvengine.kv.plan import StepSize
 from kvengine.kv.storage import KvStorage
 from kvengine.memory import DeviceMemory, MemoryReading
 from kvengine.model.footprint import Footprint
@@ -31,7 +33,7 @@ class EagerExecutor:
         self,
         target: Llama,
         draft: Llama | None,
-        memory: DeviceMemory,
+        memory: DeviceMemory | CudaMemory,
         num_blocks: int,
         block_size: int,
         device: torch.device | str = "cpu",
@@ -112,15 +114,17 @@ class EagerExecutor:
         ]
 
     def _step_bytes(self, slices: Sequence[Slice], drafting: list[Slice]) -> int:
-        tokens = rows = drawn = 0
+        tokens = rows = drawn = context = 0
         for piece in slices:
             drafts = piece.drafts if drafting else 0
             tokens += piece.count + drafts
+            if piece.count == 1:
+                context += piece.start + 1 + drafts
             if piece.samples:
                 rows += 1 + drafts
-                drawn += 0 if emission.greedy((piece.request,)) else 1 + drafts
+                drawn += emission.draws(piece.request) * (1 + drafts)
         behind = sum(len(piece.request.tokens) - piece.request.draft_computed for piece in drafting)
-        return self.footprint.step_bytes(tokens, rows, drawn, len(drafting), behind)
+        return self.footprint.step_bytes(StepSize(tokens, rows, drawn, context), len(drafting), behind)
 
 
 def _storage(model: Llama, num_blocks: int, block_size: int, device: torch.device) -> KvStorage:

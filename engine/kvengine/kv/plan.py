@@ -1,8 +1,8 @@
 """How much of a device's memory becomes KV blocks. Pure arithmetic in bytes: no torch, no device.
 
-By default what remains after the weights, the buffers that stay and the worst step is KV: such an engine cannot
-run out of memory by itself. With `kv_fraction`, a share of the whole device, the operator decides, and may leave
-less than the worst step needs: `Plan.headroom_bytes` then says for how little there is room.
+By default what remains after the weights, the buffers that stay and the worst step is KV: such an engine
+cannot run out of memory by itself. With `kv_fraction`, a share of the whole device, the operator decides,
+and may leave less than the worst step needs: `Plan.headroom_bytes` then says for how little there is room.
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,38 @@ from kvengine.errors import ConfigError, StartError
 
 
 @dataclass(frozen=True, slots=True)
+class StepSize:
+    """What of a step decides how much memory it needs, beside the model."""
+
+    tokens: int
+    logits_rows: int
+    """Rows that go through the output layer."""
+    drawn_rows: int
+    """Rows of those that are sampled from a distribution; one under top_p counts twice, a greedy one not at
+    all.
+    """
+    decode_context_tokens: int
+    """Positions that single-token sequences look back on."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes that one step allocates and gives back, as a function of its size."""
+    """Bytes that one step allocates and gives back, as a linear function of its size."""
 
     token_bytes: int
     logits_row_bytes: int
     drawn_row_bytes: int
+    context_token_bytes: int
     fixed_bytes: int
 
-    def step_bytes(self, tokens: int, logits_rows: int, drawn_rows: int) -> int:
-        """For a step over `tokens`: `logits_rows` go through the output layer, `drawn_rows` are sampled from."""
+    def step_bytes(self, size: StepSize) -> int:
+        """An upper bound, tight to a few percent."""
         return (
             self.fixed_bytes
-            + tokens * self.token_bytes
-            + logits_rows * self.logits_row_bytes
-            + drawn_rows * self.drawn_row_bytes
+            + size.tokens * self.token_bytes
+            + size.logits_rows * self.logits_row_bytes
+            + size.drawn_rows * self.drawn_row_bytes
+            + size.decode_context_tokens * self.context_token_bytes
         )
 
 
@@ -67,7 +84,8 @@ def plan(
     worst_step_bytes: int,
     kv_fraction: float | None = None,
 ) -> Plan:
-    """Divide `memory_bytes`. `resident_bytes` are weights and buffers that stay. Raises ConfigError or StartError.
+    """Divide `memory_bytes`. `resident_bytes` are weights and buffers that stay. Raises ConfigError or
+    StartError.
 
     `kv_fraction` is a share of `memory_bytes`: 50 GB of KV on an 80 GB device is 0.625.
     """
@@ -82,14 +100,15 @@ def plan(
         kv_bytes = round(memory_bytes * kv_fraction)
         if kv_bytes > after_weights_bytes:
             raise ConfigError(
-                f"kv_fraction={kv_fraction}: {_mib(kv_bytes)} of KV and {_mib(resident_bytes)} of weights do not "
-                f"fit in {_mib(memory_bytes)} of device memory; lower the fraction or raise the memory"
+                f"kv_fraction={kv_fraction}: {_mib(kv_bytes)} of KV and {_mib(resident_bytes)} of weights "
+                f"do not fit in {_mib(memory_bytes)} of device memory; lower the fraction or raise the memory"
             )
     blocks = kv_bytes // block_bytes
     if blocks < 1:
         raise StartError(
-            f"{_mib(memory_bytes)} of device memory: {_mib(resident_bytes)} of weights and {_mib(worst_step_bytes)} "
-            f"for the largest step leave no KV block of {_mib(block_bytes)}; raise the memory or lower the step's tokens"
+            f"{_mib(memory_bytes)} of device memory: {_mib(resident_bytes)} of weights and "
+            f"{_mib(worst_step_bytes)} for the largest step leave no KV block of {_mib(block_bytes)}; "
+            "raise the memory or lower the step's tokens"
         )
     return Plan(memory_bytes, resident_bytes, block_size, block_bytes, blocks, worst_step_bytes)
 

@@ -10,11 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvkernels.geometry import TILE_ROWS
+
 from kvengine.errors import StartError
 from kvengine.kv.plan import StepMemory
 
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
+
+_DRAWN_COPIES = 5
+"""Tensors of a row's vocabulary that are alive at once while it is drawn from; sorting for top_p takes as
+many again.
+"""
+_CONTEXT_TOKEN_BYTES = 7
+"""Of a decoding sequence: the mask of a padded group as float and as bool, and its share of the block
+table.
+"""
+_SMALL_BYTES = 8192
+"""Index tensors and scalars of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +81,13 @@ class ModelConfig:
         token_floats = residual_normed_scale + projections + self.head_dim
         indices = 3
         row_floats = 2 * self.hidden + 1 + self.vocab_size
+        attended = TILE_ROWS * (self.query_width + self.heads)
         return StepMemory(
             token_bytes=token_floats * FLOAT_BYTES + indices * INDEX_BYTES,
-            logits_row_bytes=row_floats * FLOAT_BYTES + INDEX_BYTES,
-            drawn_row_bytes=8 * self.vocab_size * FLOAT_BYTES,
-            fixed_bytes=0,
+            logits_row_bytes=row_floats * FLOAT_BYTES + 2 * INDEX_BYTES,
+            drawn_row_bytes=_DRAWN_COPIES * self.vocab_size * FLOAT_BYTES,
+            context_token_bytes=_CONTEXT_TOKEN_BYTES,
+            fixed_bytes=(attended + _flash_floats(self.head_dim)) * FLOAT_BYTES + _SMALL_BYTES,
         )
 
     @classmethod
@@ -153,6 +168,11 @@ def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
     if kind != "default":
         raise StartError(f"{path}: rope scaling {kind!r} is not supported; use a model without it")
     return float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+
+
+def _flash_floats(head_dim: int) -> int:
+    """What torch's attention on a CPU allocates for itself, a thread: tiles of 32 queries by 512 keys."""
+    return 32 * (512 + 2 + head_dim)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

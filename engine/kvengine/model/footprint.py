@@ -1,14 +1,14 @@
 """What an engine with a target and perhaps a draft needs of a device, in bytes. No torch.
 
-The planner divides memory by it and the executor charges its account by it: one sum for both, held against what
-torch really allocates by a test.
+The planner divides memory by it and the executor charges its account by it: one sum for both, held against
+what torch really allocates by a test.
 """
 
 from dataclasses import dataclass
 
 from kvkernels.geometry import FLOAT_BYTES, Geometry, mask_floats, scratch_floats
 
-from kvengine.kv.plan import StepMemory
+from kvengine.kv.plan import StepMemory, StepSize
 from kvengine.model.config import INDEX_BYTES, ModelConfig
 
 DRAFT_CATCH_UP_TOKENS = 512
@@ -47,24 +47,23 @@ class Footprint:
         """Of the target: its bytes a token are what a larger chunk costs."""
         return self.target.step_memory
 
-    def step_bytes(self, tokens: int, logits_rows: int, drawn_rows: int, drafting: int, behind: int) -> int:
-        """One step: the target over `tokens`, before it the draft for `drafting` sequences.
+    def step_bytes(self, size: StepSize, drafting: int, behind: int) -> int:
+        """A step of `size` for the target, and before it the draft for `drafting` sequences.
 
-        `logits_rows` go through the output layer, `drawn_rows` of them are sampled and not just compared;
         `behind` tokens are missing from the draft's KV. The two models run one after the other.
         """
-        target_bytes = self.target.step_memory.step_bytes(tokens, logits_rows, drawn_rows)
+        target_bytes = self.target.step_memory.step_bytes(size)
         if self.draft is None or not drafting:
             return target_bytes
         draft_tokens = min(behind, max(DRAFT_CATCH_UP_TOKENS, 2 * drafting))
-        draft_rows = max(drafting, min(drawn_rows, logits_rows))
-        return max(target_bytes, self.draft.step_memory.step_bytes(draft_tokens, drafting, draft_rows))
+        draft_size = StepSize(draft_tokens, drafting, size.drawn_rows, size.decode_context_tokens)
+        return max(target_bytes, self.draft.step_memory.step_bytes(draft_size))
 
     def worst_step_bytes(self, step_tokens: int, running: int, drafts: int) -> int:
-        """The largest step that these limits allow: full of tokens, every running sequence drafting and sampled."""
+        """The largest step under these limits: as many tokens as allowed, every running sequence sampled."""
         rows = min(step_tokens, running * (1 + drafts))
-        behind = max(DRAFT_CATCH_UP_TOKENS, 2 * running) if drafts else 0
-        return self.step_bytes(step_tokens, rows, rows, running if drafts else 0, behind)
+        size = StepSize(step_tokens, rows, 2 * rows, min(running, step_tokens) * self.max_model_len)
+        return self.step_bytes(size, running if drafts else 0, step_tokens)
 
     def geometries(self) -> list[Geometry]:
         return [

@@ -1,14 +1,14 @@
 """The Llama forward pass over a ragged batch: prefill chunks, decodes and drafts to verify, in one pass.
 
-Tokens of all spans are rows of one matrix; only attention knows where one sequence ends. Only rows whose logits are
-wanted go through the output layer. Every intermediate lives in a `Workspace` made for the step, so a layer allocates
-nothing but what attention returns. O(rows x parameters + rows x context).
+Tokens of all spans are rows of one matrix; only attention knows where one sequence ends. Only rows whose
+logits are wanted go through the output layer. Every intermediate lives in a `Workspace` made for the step,
+so a layer allocates nothing but what attention returns. O(rows x parameters + rows x context).
 
-Numbers: fp32, within 1e-5 of `transformers` on the same weights; rows of a batch do not see each other, so a mixed
-batch equals separate ones up to the last bits that a different matrix shape may round differently.
+Numbers: fp32, within 1e-5 of `transformers` on the same weights; rows of a batch do not see each other, so
+a mixed batch equals separate ones up to the last bits that a different matrix shape may round differently.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,24 +55,43 @@ class Llama:
     def forward(self, spans: Sequence[Span], storage: KvStorage, scratch: Scratch) -> Tensor:
         """Logits [sum of `logits`, vocab], in the order of `spans`. Writes the spans' KV into `storage`."""
         rows = _Rows(spans, storage.geometry)
-        work = Workspace(self.config, len(rows.tokens), len(rows.wanted), self._device)
+        work = self.workspace(len(rows.tokens), len(rows.wanted))
         indices = torch.tensor([rows.tokens, rows.positions, rows.slots], device=self._device)
         tokens, positions, slots = indices.unbind()
+        paged = attention.PagedAttention(rows.spans, storage.geometry, scratch, work.query, work.mixed_heads)
+
+        def attend(layer: int) -> None:
+            attention.write(storage.tokens[layer], slots, work.new_kv)
+            paged.attend(storage.blocks[layer])
+
+        return self.run(work, tokens, positions, rows.wanted, attend)
+
+    def workspace(self, rows: int, wanted: int) -> Workspace:
+        """For a pass over `rows` tokens that wants `wanted` rows of logits."""
+        return Workspace(self.config, rows, wanted, self._device)
+
+    def run(
+        self,
+        work: Workspace,
+        tokens: Tensor,
+        positions: Tensor,
+        wanted: list[int],
+        attend: Callable[[int], None],
+    ) -> Tensor:
+        """One pass, whatever the cache: `attend(layer)` keeps `work.new_kv` and fills `work.mixed`."""
         torch.index_select(self._weights.embedding, 0, tokens, out=work.residual)
         torch.index_select(self._rotations, 0, positions, out=work.rotation)
-        attend = attention.PagedAttention(rows.spans, storage.geometry, scratch, work.query, work.mixed_heads)
         for layer, weights in enumerate(self._weights.layers):
             self._normalise(work.residual, work.scale, work.normed)
             torch.mm(work.normed, weights.qkv, out=work.qkv)
             work.rotated.mul_(work.rotation_factor)
-            attention.write(storage.tokens[layer], slots, work.new_kv)
-            attend.attend(storage.blocks[layer])
+            attend(layer)
             work.residual.addmm_(work.mixed, weights.out)
             self._normalise(work.residual, work.scale, work.normed)
             torch.mm(work.normed, weights.gate_up, out=work.gate_up)
             silu(work.gate, inplace=True).mul_(work.up)
             work.residual.addmm_(work.gate, weights.down)
-        return self._logits(work, rows.wanted)
+        return self._logits(work, wanted)
 
     def _logits(self, work: Workspace, wanted: list[int]) -> Tensor:
         index = torch.tensor(wanted, dtype=torch.int64, device=self._device)
@@ -91,8 +110,8 @@ class Llama:
 def rotations(config: ModelConfig, positions: int) -> Tensor:
     """cos and sin of each frequency side by side, [positions, head_dim].
 
-    In fp32 throughout, as every other implementation does: a more exact angle would be a different model at long
-    contexts, where fp32 angles are off by up to 1e-4.
+    In fp32 throughout, as every other implementation does: a more exact angle would be a different model at
+    long contexts, where fp32 angles are off by up to 1e-4.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * (1.0 / config.rope_theta**exponents)

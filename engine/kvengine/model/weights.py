@@ -1,12 +1,15 @@
-"""Load a Hugging Face Llama directory into the form the forward pass wants. O(parameters), one tensor at a time.
+"""Load a Hugging Face Llama directory into the form the forward pass wants. O(parameters), one tensor at a
+time.
 
-Reads one `model.safetensors` or the shards that `model.safetensors.index.json` names; fp16, bf16 and fp32 on disk
-all become fp32. Three rewritings, each an identity in exact arithmetic:
+Reads one `model.safetensors` or the shards that `model.safetensors.index.json` names; fp16, bf16 and fp32
+on disk all become fp32. Three rewritings, each an identity in exact arithmetic:
 
-- projections that share an input are one matrix, stored as [in, out], so that a step makes one product of them;
+- projections that share an input are one matrix, stored as [in, out], so that a step makes one product of
+  them;
 - the norm's scale before a projection is folded into the projection's rows;
-- RoPE pairs element i of a head with element i + dim/2; rows of Q and K are reordered so that pairs are neighbours,
-  which makes the rotation one complex product. Scores do not change when Q and K are reordered alike.
+- RoPE pairs element i of a head with element i + dim/2; rows of Q and K are reordered so that pairs are
+  neighbours, which makes the rotation one complex product. Scores do not change when Q and K are reordered
+  alike.
 """
 
 import json
@@ -38,7 +41,9 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class LlamaWeights:
-    """`embedding` [vocab, hidden]; `output` [hidden, vocab], a view of the embedding when the two are tied."""
+    """`embedding` [vocab, hidden]; `output` [hidden, vocab], a view of the embedding when the two are
+    tied.
+    """
 
     embedding: Tensor
     layers: list[LayerWeights]

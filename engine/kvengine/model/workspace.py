@@ -1,8 +1,8 @@
 """The memory of one step: every intermediate of a forward pass, carved out of one allocation.
 
 `ModelConfig.step_memory` is the sum of what is made here, in bytes, without torch: the planner and the memory
-account use it before a step runs, and a test holds it against what torch really allocates. Making one costs a few
-microseconds: no buffer is kept between steps, so a large chunk leaves nothing behind.
+account use it before a step runs, and a test holds it against what torch really allocates. Making one costs
+a few microseconds: no buffer is kept between steps, so a large chunk leaves nothing behind.
 """
 
 import torch
