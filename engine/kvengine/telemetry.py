@@ -81,7 +81,7 @@ class Telemetry:
         self._echoed = (knobs, reading["device_free_bytes"], self._core.totals.cancelled)
 
     def record_idle(self, now_ns: int, knobs: Knobs) -> None:
-        """Between steps: write down again what moved without one (knobs, memory, requests), for all to see."""
+        """Between steps: write down again what moved without one: knobs, memory, requests."""
         # A cancelled request leaves without a step: the last record would show it running for ever.
         echo = (knobs, self._memory.memory().free, self._core.totals.cancelled)
         self._show_queues()

@@ -59,7 +59,7 @@ async def _demo(
             arrivals = _arrivals(rows, seed, seconds, scenario, flight)
             _describe(screen, flight, arrivals)
             prompts = {one.seed: prompt(one.domain, one.prompt_tokens, one.seed) for one in arrivals}
-            results = {leg: await flight.fly(leg, arrivals, prompts, seconds) for leg in LEGS}
+            results = [(leg, await flight.fly(leg, arrivals, prompts, seconds)) for leg in LEGS]
             _report(screen, results, scenario, seed, as_json)
             if serve:
                 screen.say(f"The engine goes on at {flight.url}/v1; stop with Ctrl-C.")
@@ -90,14 +90,14 @@ def _describe(screen: Screen, flight: Flight, arrivals: list[Arrival]) -> None:
 
 
 def _report(
-    screen: Screen, results: dict[Leg, dict[str, Any]], scenario: str, seed: int, as_json: bool
+    screen: Screen, results: list[tuple[Leg, dict[str, Any]]], scenario: str, seed: int, as_json: bool
 ) -> None:
-    off = next(result for leg, result in results.items() if leg.kind == "off")
-    on = next(result for leg, result in results.items() if leg.kind == "on")
-    statics = [result for leg, result in results.items() if leg.kind == "static"]
+    off = next(result for leg, result in results if leg.kind == "off")
+    on = next(result for leg, result in results if leg.kind == "on")
+    statics = [result for leg, result in results if leg.kind == "static"]
     static = max(statics, key=lambda result: result["goodput_work"] or 0.0)
-    best = max(results.values(), key=lambda result: result["goodput_work"] or 0.0)
-    scoreboard(screen.console, [(leg.name, result) for leg, result in results.items()], best["name"])
+    best = max((result for _, result in results), key=lambda result: result["goodput_work"] or 0.0)
+    scoreboard(screen.console, [(leg.name, result) for leg, result in results], best["name"])
     screen.say(
         f"Good work done: pilot {on['goodput_work']:.3f}, engine defaults {off['goodput_work']:.3f}, "
         f"best static ({static['name']}) {static['goodput_work']:.3f}."

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 BAR_WIDTH = 30
+LOG_WIDTH = 150
 
 
 class Screen:
@@ -20,6 +21,9 @@ class Screen:
 
     def __init__(self, as_json: bool) -> None:
         self.console = Console(stderr=as_json, highlight=False)
+        if not self.console.is_terminal:
+            # A log has no width of its own; the scoreboard needs this much to keep a row on one line.
+            self.console.width = LOG_WIDTH
         self._live: Live | None = None
         self._last_second = -1
 
