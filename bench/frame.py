@@ -65,7 +65,9 @@ def run(
 ) -> None:
     """Parse `--quick` and `--json`, measure, print. `measure` returns (settings, results, bars)."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="the same bars on less; at most 50 s on two cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="the same bars on less; at most 50 s on two cores"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     add_arguments(parser)
     arguments = parser.parse_args()
@@ -91,7 +93,8 @@ def run(
     for bar in bars:
         promise = f">= {bar.at_least:g}" if bar.at_least is not None else f"<= {bar.at_most:g}"
         spread = f"{bar.spread[0]:.3g} .. {bar.spread[1]:.3g}" if bar.spread else ""
-        print(f"  {bar.name:<28}{bar.value:>10.4g}  {promise:<12}{spread:<22}{'holds' if bar.holds else 'MISSED'}")
+        verdict = "holds" if bar.holds else "MISSED"
+        print(f"  {bar.name:<28}{bar.value:>10.4g}  {promise:<12}{spread:<22}{verdict}")
 
 
 def _shown(value: Any) -> str:

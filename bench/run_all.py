@@ -21,14 +21,27 @@ def main() -> None:
             print(done.stderr, file=sys.stderr)
             sys.exit(f"{path.name}: exit {done.returncode}")
         report = json.loads(done.stdout)
-        print(f"{path.name}: {sum(bar['holds'] for bar in report['bars'])} of {len(report['bars'])} bars hold")
-        rows += [f"## {report['bench']}", "", f"`python bench/{path.name} {' '.join(sys.argv[1:])}`".rstrip("` ") + "`", ""]
-        rows += [f"{report['machine']['cpu']}, {report['machine']['cores']} cores; {json.dumps(report['settings'])}", ""]
+        print(
+            f"{path.name}: {sum(bar['holds'] for bar in report['bars'])} of {len(report['bars'])} bars hold"
+        )
+        rows += [
+            f"## {report['bench']}",
+            "",
+            f"`python bench/{path.name} {' '.join(sys.argv[1:])}`".rstrip("` ") + "`",
+            "",
+        ]
+        rows += [
+            f"{report['machine']['cpu']}, {report['machine']['cores']} cores.",
+            "",
+            f"`{json.dumps(report['settings'])}`",
+            "",
+        ]
         rows += ["| bar | value | promise | range | holds |", "|---|---|---|---|---|"]
         for bar in report["bars"]:
             promise = f"≥ {bar['at_least']:g}" if "at_least" in bar else f"≤ {bar['at_most']:g}"
             spread = "{:.3g} – {:.3g}".format(*bar["spread"]) if "spread" in bar else ""
-            rows.append(f"| {bar['name']} | {bar['value']:.4g} | {promise} | {spread} | {'yes' if bar['holds'] else '**no**'} |")
+            holds = "yes" if bar["holds"] else "**no**"
+            rows.append(f"| {bar['name']} | {bar['value']:.4g} | {promise} | {spread} | {holds} |")
         rows.append("")
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs/benchmarks.md").write_text("\n".join(rows))
