@@ -6,7 +6,8 @@
     hook.end_step(values)                       one record: the manifest's fields, in order
 
 Without the link's environment, or after any failure of its own, a hook is disabled: it records nothing,
-baselines are in force, and the engine serves on as if no pilot existed. A failure is logged once, never raised.
+baselines are in force, and the engine serves on as if no pilot existed. A failure is logged once, and never
+raised.
 """
 
 import logging
@@ -138,7 +139,8 @@ class StepHook:
         if not self.enabled or self._telemetry is None:
             return
         try:
-            if self._duration is not None:
+            # A record without a duration tells what moved between steps: it is no step.
+            if self._duration is not None and values[self._duration]:
                 self.step.record(int(values[self._duration]))
             for histogram in self._flushed:
                 if histogram.pending:

@@ -141,10 +141,11 @@ class HistogramWriter:
             if _LOW_NS <= duration_ns < _HIGH_NS:
                 shift = duration_ns.bit_length() - _SHIFT
                 words[first + (shift << _SUB_BITS) + (duration_ns >> shift) - _BIAS] += 1
+                sum_ns += duration_ns
             else:
                 words[first + bucket_index(duration_ns)] += 1
-            if duration_ns > 0:
-                sum_ns += duration_ns
+                # A clock that jumped must not overflow the sum.
+                sum_ns += min(max(duration_ns, 0), _HIGH_NS)
         words[base + 1] += sum_ns
         words[base] += 1
         pending.clear()

@@ -59,6 +59,6 @@ def _asked(fd: int) -> tuple[int, int, int, int, int]:
 
 
 def check_not_ours(status: os.stat_result, name: str) -> None:
-    """Raises LinkError where this process writes the file itself: closing a second one would lose the lock."""
+    """Raises LinkError where this process writes the file itself: a second one would lose the lock."""
     if _key(status) in _held:
         raise LinkError(f"{name}: this process writes it itself and must not open it twice")
