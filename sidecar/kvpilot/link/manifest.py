@@ -38,7 +38,14 @@ class ManifestKnob:
             raise ManifestError(f"knob {self.name}: granularity {self.granularity} must be above 0")
 
     def snap(self, value: float) -> float:
-        """`value` on this knob's grid, inside its limits. The grid is anchored at 0; limits win over it."""
+        """`value` on this knob's grid, inside its limits. Anchored at 0; limits and baseline are on the grid.
+
+        Idempotent, so that what one side has snapped is what the other side puts in force.
+        """
+        if value == self.baseline:
+            return value
+        if value <= self.minimum or value >= self.maximum:
+            return self.minimum if value <= self.minimum else self.maximum
         on_grid = round(value / self.granularity) * self.granularity
         return min(max(on_grid, self.minimum), self.maximum)
 

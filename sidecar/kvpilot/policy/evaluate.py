@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kvpilot.policy.arbitrate import Bid, Ruling, Target, arbitrate
 from kvpilot.policy.budget import Budget
+from kvpilot.policy.claims import Draft
 from kvpilot.policy.context import Context, Slo
 from kvpilot.policy.expr import Reading
 from kvpilot.policy.outcome import OVERRIDE, Decision, Effect, LeaseWish, Notice, Outcome
-from kvpilot.policy.rule_tick import Draft, RuleTick
+from kvpilot.policy.rule_tick import RuleTick
 from kvpilot.policy.rules import Policy, PolicySet, Rule
 from kvpilot.policy.state import Claim, RuleState, State
 from kvpilot.signals import Missing
@@ -165,7 +166,7 @@ class _Tick:
             )
             for tick, before in self._ticks
             if before.shadow is shadow
-            for claim in tick.claims.values()
+            for claim in tick.claims.held.values()
         ]
         context = self._context
         real = not shadow and not context.off
@@ -177,7 +178,7 @@ class _Tick:
         policy, rule = tick.policy.name, tick.rule.name
         overruled = {(claim.knob, claim.scope): claim.overruled_by for claim in after.claims}
         stepped = set()
-        for draft in tick.drafts:
+        for draft in tick.claims.drafts:
             target = (draft.knob, draft.scope)
             stepped.add(target)
             self._decide(policy, rule, draft, self._verdict(draft, after, overruled.get(target)))

@@ -5,33 +5,22 @@ no step on a missing input; no step by a claim that is overruled; an inactive ru
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.arbitrate import Target
 from kvpilot.policy.budget import Budget
+from kvpilot.policy.claims import Claims
 from kvpilot.policy.context import Context
+from kvpilot.policy.effect import judge
 from kvpilot.policy.expr import Expression, Reading
-from kvpilot.policy.grid import place, recover_step
+from kvpilot.policy.grid import place
 from kvpilot.policy.outcome import Effect, LeaseWish, Notice
 from kvpilot.policy.phase import Standing, advance, asks_when
 from kvpilot.policy.quantity import format_duration
-from kvpilot.policy.rules import Action, Policy, Recover, Rule
+from kvpilot.policy.rules import Action, Policy, Rule
 from kvpilot.policy.state import Check, Claim, Phase, RuleState
 from kvpilot.signals import Missing
-
-
-@dataclass(slots=True)
-class Draft:
-    """A decision before arbitration; a verdict of None is settled by it."""
-
-    knob: str
-    scope: Scope
-    before: float | None
-    after: float | None
-    reason: str
-    verdict: str | None = None
 
 
 class RuleTick:
@@ -50,10 +39,9 @@ class RuleTick:
         self.policy = policy
         self.rule = rule
         self.readings = readings
-        self.drafts: list[Draft] = []
         self.notices: list[Notice] = []
         self.effects: list[Effect] = []
-        self.claims: dict[Target, Claim] = {(claim.knob, claim.scope): claim for claim in state.claims}
+        self.claims = Claims(rule, state.claims, context.knobs, context.now_ns)
         self._before = state
         self._context = context
         self._budget = budget
@@ -84,7 +72,7 @@ class RuleTick:
             claim
             if claim.overruled_by == overruled.get(target)
             else replace(claim, overruled_by=overruled.get(target))
-            for target, claim in sorted(self.claims.items(), key=lambda item: str(item[0]))
+            for target, claim in sorted(self.claims.held.items(), key=lambda item: str(item[0]))
         )
         return RuleState(
             identity=self.rule.identity,
@@ -136,10 +124,10 @@ class RuleTick:
                 reason = (
                     f"held up to {format_duration(self.policy.hold_for_ns)}: {name} is missing ({why.reason})"
                 )
-                for claim in self.claims.values():
-                    self._draft(claim.knob, claim.scope, claim.value, claim.value, reason, "missing_input")
+                for target, claim in self.claims.held.items():
+                    self.claims.draft(target, claim.value, claim.value, reason, "missing_input")
             return
-        self._drop_all(f"released: {name} is missing ({why.reason})", "missing_input")
+        self.claims.drop_all(f"released: {name} is missing ({why.reason})", "missing_input")
         self._enter(Phase.INACTIVE)
 
     def _absent(self) -> str:
@@ -163,42 +151,14 @@ class RuleTick:
             self._act()
         elif phase is Phase.INACTIVE:
             if not asks_when(was):
-                self._leave()
+                until = self.rule.until
+                self.claims.leave(f"until: {until.text}" if until else f"no longer: {self.rule.when.text}")
             else:
-                self._recover()
+                self.claims.recover()
 
     def _enter(self, phase: Phase) -> None:
         if self._standing.phase is not phase:
             self._standing = Standing(phase, self._context.now_ns)
-
-    def _leave(self) -> None:
-        """Just inactive: claims start to recover, or drop."""
-        condition = (
-            f"until: {self.rule.until.text}" if self.rule.until else f"no longer: {self.rule.when.text}"
-        )
-        for target, claim in list(self.claims.items()):
-            knob, recover = self._context.knobs.get(claim.knob), self._recover_of(target)
-            if knob is None or recover is None or claim.value == knob.baseline:
-                self._drop(target, condition)
-            else:
-                self.claims[target] = replace(claim, recover_at_ns=self._context.now_ns + recover.every_ns)
-
-    def _recover(self) -> None:
-        """Inactive: every claim whose step is due takes it."""
-        now_ns = self._context.now_ns
-        for target, claim in list(self.claims.items()):
-            knob, recover, action = self._knob(target), self._recover_of(target), self._action_of(target)
-            if knob is None or recover is None or action is None:
-                self._drop(target, "cannot recover")
-                continue
-            if claim.recover_at_ns is not None and now_ns < claim.recover_at_ns:
-                continue
-            value = recover_step(claim.value, recover, action, knob)
-            if value is None:
-                self._drop(target, "recovered to baseline")
-                continue
-            self.claims[target] = replace(claim, value=value, recover_at_ns=now_ns + recover.every_ns)
-            self._draft(claim.knob, claim.scope, claim.value, value, "recovering")
 
     # Actions
 
@@ -207,16 +167,15 @@ class RuleTick:
         wanted: list[tuple[Action, float | None, float, bool]] = []
         for action in self.rule.actions:
             target = (action.knob, action.scope)
-            knob, claim = self._knob(target), self.claims.get(target)
+            knob = self._context.knobs.get(action.knob)
             if knob is None:
                 continue
-            if claim is not None and claim.recover_at_ns is not None:
-                claim = self.claims[target] = replace(claim, recover_at_ns=None)
+            claim = self.claims.stop_recovering(target)
             placed = place(self._wish(action, knob, claim), action, knob)
             if claim is None:
                 wanted.append((action, None, *placed))
             elif action.tracks:
-                self.claims[target] = replace(claim, value=placed.value)
+                self.claims.move(target, placed.value)
             elif placed.value != claim.value and claim.overruled_by is None:
                 wanted.append((action, claim.value, *placed))
         if wanted and self._may_step(wanted):
@@ -253,10 +212,10 @@ class RuleTick:
         target = (action.knob, action.scope)
         if before is None:
             knob = self._context.knobs[action.knob]
-            self.claims[target] = Claim(action.knob, action.scope, value)
+            self.claims.make(target, value)
             before = self._in_force(target, knob)
         else:
-            self.claims[target] = replace(self.claims[target], value=value)
+            self.claims.move(target, value)
         if not self.rule.protective:
             self._budget.spend(1)
         self._changed_ns = self._context.now_ns
@@ -264,7 +223,7 @@ class RuleTick:
         self._blocked = None
         if not action.tracks:
             verdict = "clamped" if clamped and not self._before.shadow else None
-            self._draft(action.knob, action.scope, before, value, f"when: {self.rule.when.text}", verdict)
+            self.claims.draft(target, before, value, f"when: {self.rule.when.text}", verdict)
         self._expect()
 
     def _refuse(
@@ -274,33 +233,13 @@ class RuleTick:
             return
         self._blocked = verdict
         for action, before, _, _ in wanted:
-            self._draft(action.knob, action.scope, before, before, reason, verdict)
+            self.claims.draft((action.knob, action.scope), before, before, reason, verdict)
 
     def _report_unsupported(self) -> None:
         for action in self.rule.actions:
             if action.knob not in self._context.knobs:
-                self._draft(
-                    action.knob, action.scope, None, None, "this engine has no such knob", "unsupported"
-                )
-
-    def _drop_all(self, reason: str, verdict: str | None = None) -> None:
-        for target in list(self.claims):
-            self._drop(target, reason, verdict)
-
-    def _drop(self, target: Target, reason: str, verdict: str | None = None) -> None:
-        claim = self.claims.pop(target)
-        self._draft(claim.knob, claim.scope, claim.value, None, reason, verdict)
-
-    def _draft(
-        self,
-        knob: str,
-        scope: Scope,
-        before: float | None,
-        after: float | None,
-        reason: str,
-        verdict: str | None = None,
-    ) -> None:
-        self.drafts.append(Draft(knob, scope, before, after, reason, verdict))
+                target = (action.knob, action.scope)
+                self.claims.draft(target, None, None, "this engine has no such knob", "unsupported")
 
     # Effects and notices
 
@@ -310,7 +249,9 @@ class RuleTick:
         if verify is None or self._before.shadow:
             return
         if self._check is not None:
-            self._judge(self._check, None, "the rule stepped again meanwhile")
+            self.effects.append(
+                judge(self.policy, self.rule, self._check, None, "the rule stepped again meanwhile")
+            )
         before = self.readings.get(verify.input)
         self._check = None
         if isinstance(before, float | int):
@@ -321,24 +262,10 @@ class RuleTick:
         if check is None or verify is None or self._context.now_ns < check.due_ns:
             return
         after = self.readings.get(verify.input)
-        if isinstance(after, float | int):
-            self._judge(check, float(after), "measured")
-        else:
-            self._judge(check, None, f"{verify.input} is missing")
+        usable = isinstance(after, float | int)
+        reason = "measured" if usable else f"{verify.input} is missing"
+        self.effects.append(judge(self.policy, self.rule, check, after, reason))
         self._check = None
-
-    def _judge(self, check: Check, after: float | None, reason: str) -> None:
-        verify = self.rule.verify
-        assert verify is not None, "only a rule with `verify` has a check"
-        met = None
-        if after is not None:
-            falls = verify.direction == "falls"
-            bar = check.before * (1 - verify.ratio if falls else 1 + verify.ratio)
-            met = after <= bar if falls else after >= bar
-        expected = f"{verify.direction} {verify.ratio:.0%} within {format_duration(verify.within_ns)}"
-        self.effects.append(
-            Effect(self.policy.name, self.rule.name, verify.input, expected, check.before, after, met, reason)
-        )
 
     def _tell(self) -> None:
         notify = self.rule.notify
@@ -352,16 +279,3 @@ class RuleTick:
         )
         self._notified = notice if firing else None
         self.notices.append(notice)
-
-    # Looking up
-
-    def _knob(self, target: Target) -> ManifestKnob | None:
-        return self._context.knobs.get(target[0])
-
-    def _action_of(self, target: Target) -> Action | None:
-        return next((a for a in self.rule.actions if (a.knob, a.scope) == target), None)
-
-    def _recover_of(self, target: Target) -> Recover | None:
-        return next(
-            (r for r in self.rule.recover if r.knob == target[0] and r.scope in (None, target[1])), None
-        )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import yaml
 
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 64 * 1024
 MAX_DEPTH = 40
 
 Path = tuple[str | int, ...]
@@ -106,7 +106,7 @@ class Source:
         return changed
 
     def complete(self, path: Sequence[str | int]) -> bool:
-        """Whether nothing was cut from the mapping or list at `path`: if something was, what lacks is no mistake."""
+        """Whether nothing was cut at `path`; where something was, what is missing is no mistake."""
         place = self._find(path, exact=True)
         return place is not None and id(place.node) not in self._cut
 

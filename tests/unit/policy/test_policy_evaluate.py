@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import pytest
-
 from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.context import Context, Override
@@ -71,8 +70,12 @@ class Flight:
     def fly(self, load: Reading, ticks: int = 1, seen: Reading = 1.0, **context: object) -> Outcome:
         for _ in range(ticks):
             names = {one.name for one in self.policies}
-            inputs = {(name, signal): value for name in names for signal, value in (("load", load), ("seen", seen))}
-            now = Context(self.now_ms * MS, {knob.name: knob for knob in self.knobs}, dict(self.values), **context)
+            inputs = {
+                (name, signal): value for name in names for signal, value in (("load", load), ("seen", seen))
+            }
+            now = Context(
+                self.now_ms * MS, {knob.name: knob for knob in self.knobs}, dict(self.values), **context
+            )
             outcome = evaluate(self.policies, self.state, inputs, now)
             self.state, self.last = outcome.state, outcome
             self.log += outcome.decisions
@@ -87,7 +90,9 @@ class Flight:
 
     def held(self, knob: str = "prefill_chunk_tokens", scope: Scope = ALL) -> float | None:
         assert self.last is not None
-        return next((lease.value for lease in self.last.leases if (lease.knob, lease.scope) == (knob, scope)), None)
+        return next(
+            (lease.value for lease in self.last.leases if (lease.knob, lease.scope) == (knob, scope)), None
+        )
 
     def verdicts(self) -> list[str]:
         return [decision.verdict for decision in self.log]
@@ -302,7 +307,9 @@ def test_an_engine_without_the_knob() -> None:
 
 def test_a_higher_priority_wins_and_nothing_compounds_unseen() -> None:
     high = policy(
-        "- {name: pin, when: load > 10, do: [{knob: prefill_chunk_tokens, set: 2048}]}", "high", "priority: 200"
+        "- {name: pin, when: load > 10, do: [{knob: prefill_chunk_tokens, set: 2048}]}",
+        "high",
+        "priority: 200",
     )
     flight = Flight([policy(HALVE), high])
     flight.fly(20, 60)
@@ -315,7 +322,9 @@ def test_a_higher_priority_wins_and_nothing_compounds_unseen() -> None:
 
 def test_a_claim_holds_again_when_its_rival_goes() -> None:
     high = policy(
-        "- {name: pin, when: load > 10 && seen > 5, do: [{knob: prefill_chunk_tokens, set: 2048}]}", "high", "priority: 200"
+        "- {name: pin, when: load > 10 && seen > 5, do: [{knob: prefill_chunk_tokens, set: 2048}]}",
+        "high",
+        "priority: 200",
     )
     flight = Flight([policy(HALVE), high])
     flight.fly(20, 3)
@@ -393,8 +402,12 @@ def test_a_persons_order_outranks_every_policy_and_ends() -> None:
     outcome = flight.fly(20, 1, seen=640, overrides=(order,))
     assert [(o.value, o.policy, o.rule) for o in outcome.leases] == [(3008, "override", "ada")]
     assert outcome.leases[0].ttl_ns == 4600 * MS
-    assert ("override", "applied", "load test") in [(d.policy, d.verdict, d.reason) for d in outcome.decisions]
-    assert ("limit", "overruled", "by override/ada") in [(d.policy, d.verdict, d.reason) for d in outcome.decisions]
+    assert ("override", "applied", "load test") in [
+        (d.policy, d.verdict, d.reason) for d in outcome.decisions
+    ]
+    assert ("limit", "overruled", "by override/ada") in [
+        (d.policy, d.verdict, d.reason) for d in outcome.decisions
+    ]
     flight.fly(20, 45, seen=640, overrides=(order,))
     assert flight.held() == 3008
     flight.fly(20, 1, seen=640, overrides=(order,))
@@ -456,7 +469,11 @@ def test_the_effect_is_measured_beside_what_was_expected() -> None:
     effects = []
     for load in [20] * 8 + [15] * 5 + [14.8] * 10 + [GONE] * 10:
         effects += flight.fly(load).effects
-    assert [(e.before, e.after, e.met) for e in effects] == [(20, 20, False), (15, 14.8, False), (14.8, None, None)]
+    assert [(e.before, e.after, e.met) for e in effects] == [
+        (20, 20, False),
+        (15, 14.8, False),
+        (14.8, None, None),
+    ]
     assert effects[0].expected == "falls 10% within 500ms"
 
 

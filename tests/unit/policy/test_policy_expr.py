@@ -1,10 +1,10 @@
+# ruff: noqa: E501 - tables of one error a line
 """Expressions: typed at load, missing at run time whenever an input is, never truthy by accident."""
 
 import pytest
 from cel_expr_python import cel
 from hypothesis import given
 from hypothesis import strategies as st
-
 from kvpilot.policy.expr import MAX_LENGTH, Expression, ExpressionError, compile_expression
 from kvpilot.signals import SIGNALS, Missing
 
@@ -136,8 +136,8 @@ def test_any_text_is_an_expression_or_an_error_inside_it(text: str) -> None:
     try:
         expression = condition(text)
     except ExpressionError as error:
-        assert error.faults
-        assert all(0 <= fault.offset <= len(text) and fault.message for fault in error.faults)
+        assert error.faults  # noqa: PT017
+        assert all(0 <= fault.offset <= len(text) and fault.message for fault in error.faults)  # noqa: PT017
     else:
         answer = expression.evaluate(
             {"kv": 0.5, "itl_p95": 0.1, "wait": 3.0, "slo.itl": 0.05, "slo.ttft": 1.0}

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of one error a line
 """Loading: every error of every file at once, each at its place, and never a traceback."""
 
 from pathlib import Path
@@ -5,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from kvpilot.link.controls import Scope
 from kvpilot.policy.load import PolicyErrors, load_policies, load_text
 from kvpilot.policy.rules import Policy
@@ -274,7 +274,7 @@ def test_whatever_the_bytes_a_policy_or_errors(raw: bytes) -> None:
     try:
         load_text(raw)
     except PolicyErrors as found:
-        assert found.problems
+        assert found.problems  # noqa: PT017
         for problem in found.problems:
             assert problem.line >= 1
             assert problem.column >= 1

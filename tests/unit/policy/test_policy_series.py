@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from kvpilot.policy.series import MAX_SAMPLES, NOTHING, STALE, SeriesError, parse_series
 
 
@@ -37,4 +36,4 @@ def test_any_text(text: str) -> None:
     try:
         assert parse_series(text)
     except SeriesError as error:
-        assert 0 <= error.offset <= len(text)
+        assert 0 <= error.offset <= len(text)  # noqa: PT017
