@@ -133,8 +133,9 @@ class Telemetry:
                 blocks[request.tenant] += len(request.blocks)
         for tenant in self._tenants.keys() | running.keys() | waiting.keys() | self._tenant_tokens.keys():
             before = self._tenants.get(tenant)
-            # What is held now is taken to have been held since the last scan.
-            block_ns = (before.block_ns_total if before else 0) + blocks[tenant] * elapsed_ns
+            # Between two scans it is taken to have held the mean of what they saw.
+            held_before, block_ns = (before.kv_blocks, before.block_ns_total) if before else (0, 0)
+            block_ns += (held_before + blocks[tenant]) * elapsed_ns // 2
             row = TenantRow(
                 tenant,
                 running[tenant],

@@ -1,0 +1,338 @@
+"""The HTTP server over a fake executor: answers, refusals, clients that leave, failing steps, a dead core."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import MODEL, FakeEngine, eventually, fake_engine
+from fake_executor import expected_output
+from kvengine.errors import DeviceOutOfMemory
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[FakeEngine]:
+    """For tests that leave it as they found it."""
+    with fake_engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    with fake_engine() as one:
+        yield one
+
+
+def text_after(prompt: str, tokens: int) -> str:
+    return bytes(expected_output(prompt.encode(), tokens)).decode()
+
+
+def post(engine: FakeEngine, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+    with engine.http() as http:
+        return http.post(path, json=body)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """What a stream said, `[DONE]` included."""
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+class InBackground:
+    """A request that another thread makes; `result()` is its response or exception."""
+
+    def __init__(self, engine: FakeEngine, headers: dict[str, str] | None = None, **body: Any) -> None:
+        self._outcome: httpx.Response | Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(engine, headers, body))
+        self._thread.start()
+
+    def _run(self, engine: FakeEngine, headers: dict[str, str] | None, body: Any) -> None:
+        try:
+            with engine.http() as http:
+                self._outcome = http.post("/v1/completions", json=body, headers=headers)
+        except httpx.HTTPError as error:
+            self._outcome = error
+
+    def result(self) -> httpx.Response:
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "a client hangs"
+        assert isinstance(self._outcome, httpx.Response), self._outcome
+        return self._outcome
+
+
+def test_a_completion_holds_exactly_what_was_generated(shared: FakeEngine) -> None:
+    answer = post(shared, model=MODEL, prompt="once", max_tokens=30).json()
+    assert answer["object"] == "text_completion"
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text_after("once", 30), "length")
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 30, "total_tokens": 34}
+
+
+def test_a_prompt_may_be_token_ids(shared: FakeEngine) -> None:
+    by_text = post(shared, prompt="abc", max_tokens=5).json()["choices"][0]["text"]
+    assert post(shared, prompt=[97, 98, 99], max_tokens=5).json()["choices"][0]["text"] == by_text
+
+
+def test_a_stream_adds_up_to_the_whole(shared: FakeEngine) -> None:
+    response = post(shared, prompt="once", max_tokens=30, stream=True, stream_options={"include_usage": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage, done = events(response)
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text_after("once", 30)
+    finishes = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert finishes == [None] * (len(chunks) - 1) + ["length"]
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 30)
+
+
+def test_a_chat_stream_opens_with_the_role(shared: FakeEngine) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+    whole = post(shared, "/v1/chat/completions", **body).json()
+    *chunks, done = events(post(shared, "/v1/chat/completions", stream=True, **body))
+    assert done == "[DONE]"
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert "usage" not in chunks[-1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_text_before_it_and_the_request_in_the_core(
+    engine: FakeEngine, stream: bool
+) -> None:
+    """Nothing of the stop string is shown, the request ends at once in the core, and counts as finished."""
+    whole = text_after("once", 400)
+    stop = whole[10:14]
+    response = post(engine, prompt="once", max_tokens=400, stop=["nowhere!", stop], stream=stream)
+    if stream:
+        *chunks, _done = events(response)
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        finish = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        (choice,) = response.json()["choices"]
+        text, finish = choice["text"], choice["finish_reason"]
+    assert (text, finish) == (whole[: whole.find(stop)], "stop")
+    eventually(engine.all_blocks_free)
+    assert engine.core.totals.finished == 1
+    assert engine.core.totals.cancelled == 0
+
+
+def test_the_end_token_is_no_text() -> None:
+    """It ends the answer with `stop`; special tokens are not shown, but count."""
+    output = expected_output(b"once", 30)
+    with fake_engine(eos=frozenset([output[4]])) as engine:
+        answer = post(engine, prompt="once", max_tokens=30).json()
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == output.index(output[4]) + 1
+        ignored = post(engine, prompt="once", max_tokens=30, ignore_eos=True).json()
+        assert ignored["usage"]["completion_tokens"] == 30
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_times_are_told_on_request(shared: FakeEngine, stream: bool) -> None:
+    """Monotonic times of the core: received, first scheduled, and each emission with its tokens."""
+    before_ns = shared.clock.monotonic_ns()
+    body: dict[str, Any] = {"prompt": "once", "max_tokens": 20, "kvpilot_times": True}
+    if stream:
+        *_, last, _done = events(post(shared, stream=True, stream_options={"include_usage": True}, **body))
+    else:
+        last = post(shared, **body).json()
+    times = last["kvpilot"]
+    moments = [at_ns for at_ns, _ in times["emitted"]]
+    ordered = [before_ns, times["received_ns"], times["first_scheduled_ns"], *moments]
+    assert ordered == sorted(ordered)
+    assert moments[-1] <= shared.clock.monotonic_ns()
+    assert sum(count for _, count in times["emitted"]) == 20
+    assert times["preemptions"] == 0
+
+
+def test_times_are_told_to_nobody_else(shared: FakeEngine) -> None:
+    assert "kvpilot" not in post(shared, prompt="once").json()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "prompt: Field required"),
+        ({"prompt": 5}, "prompt: give one text or one list of token ids"),
+        ({"prompt": ["a", "b"]}, "prompt: give one text"),
+        ({"prompt": [1, 256]}, "token ids go from 0 to 255"),
+        ({"prompt": [True]}, "prompt: give one text"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": "x", "n": 2}, "n=2 is not supported"),
+        ({"prompt": "x", "logprobs": 5}, "logprobs=5 is not supported"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": "5"}, "max_tokens"),
+        ({"prompt": "x", "temperature": -1}, "temperature"),
+        ({"prompt": "x", "top_p": 0}, "top_p"),
+        ({"prompt": "x", "stop": ["a", "b", "c", "d", "e"]}, "at most 4"),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, "needs stream: true"),
+        ({"prompt": "x" * 512}, "maximum context length is 512"),
+        ({"prompt": "x", "max_tokens": 512}, "at most 511"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_served_is_refused_in_one_line(
+    shared: FakeEngine, body: dict[str, Any], words: str, stream: bool
+) -> None:
+    """400 in OpenAI's form, also for streams: nothing is streamed before the core has begun."""
+    if stream and "stream_options" in body:
+        return
+    response = post(shared, **body, **({"stream": True} if stream else {}))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"null"])
+def test_a_malformed_body_is_refused_in_one_line(shared: FakeEngine, data: bytes) -> None:
+    with shared.http() as http:
+        response = http.post("/v1/completions", content=data)
+    assert response.status_code == 400
+    assert "\n" not in response.json()["error"]["message"]
+
+
+def test_a_body_of_megabytes_is_refused(shared: FakeEngine) -> None:
+    assert post(shared, prompt="x" * (5 << 20)).status_code == 413
+
+
+def test_wrong_model_path_and_method_are_json_errors(shared: FakeEngine) -> None:
+    wrong = post(shared, model="gpt-9", prompt="x")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (404, "model_not_found")
+    with shared.http() as http:
+        assert http.get("/v1/models").json()["data"][0]["id"] == MODEL
+        assert http.get(f"/v1/models/{MODEL}").json()["id"] == MODEL
+        assert http.get("/v1/models/gpt-9").status_code == 404
+        assert "/v2" in http.get("/v2").json()["error"]["message"]
+        assert http.get("/v1/completions").status_code == 405
+        assert http.get("/health").json() == {"status": "ok"}
+
+
+def test_a_request_larger_than_the_whole_pool_is_refused_at_the_door() -> None:
+    """Not queued for ever: the core says why, and who fits is served."""
+    with fake_engine(blocks=8) as engine:
+        response = post(engine, prompt="x" * 32)
+        assert response.status_code == 400
+        assert "whole KV memory is 32" in response.json()["error"]["message"]
+        assert engine.core.totals.rejected == 1
+        assert post(engine, prompt="x" * 16, max_tokens=16).status_code == 200
+
+
+def test_class_and_tenant_come_from_the_valves_tag_alone(tmp_path: Path) -> None:
+    """What a body says about itself changes nothing."""
+    callers = tmp_path / "callers.json"
+    callers.write_text(
+        '{"classes": {"batch": 0, "interactive": 1}, "header": "x-caller", "tenants": ["acme"]}'
+    )
+    with fake_engine(environ={"KVPILOT_CALLERS": str(callers)}) as engine:
+        engine.hold()
+        plain = InBackground(engine, prompt="x", user="acme", priority=1)
+        eventually(lambda: len(engine.core.requests) == 1)
+        tagged = InBackground(engine, {"x-caller": "interactive/acme"}, prompt="x")
+        eventually(lambda: engine.client._last_id == 2)
+        engine.let()
+        eventually(lambda: len(engine.core.requests) == 2)
+        asked = [(request.klass, request.tenant) for request in engine.core.requests.values()]
+        assert asked == [(0, None), (1, "acme")]
+        engine.free()
+        assert {plain.result().status_code, tagged.result().status_code} == {200}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_blocks(engine: FakeEngine, stream: bool) -> None:
+    """The connection is really dropped while generating: cancelled, and every block free again."""
+    engine.hold()
+    http = engine.http()
+    request = http.build_request(
+        "POST", "/v1/completions", json={"prompt": "once", "max_tokens": 500, "stream": stream}
+    )
+    if stream:
+        engine.let(3)
+        response = http.send(request, stream=True)
+        next(response.iter_lines())
+        response.close()
+    else:
+        left = threading.Thread(target=_send_and_fail, args=(http, request))
+        left.start()
+        eventually(lambda: bool(engine.scheduler.running))
+        for connection in http._transport._pool.connections:
+            connection._connection._network_stream._sock.shutdown(2)
+        left.join(20)
+    http.close()
+    eventually(lambda: engine.core.totals.cancelled == 1, meanwhile=engine.let)
+    eventually(engine.all_blocks_free)
+    engine.free()
+    assert post(engine, prompt="once", max_tokens=5).status_code == 200
+
+
+def _send_and_fail(http: httpx.Client, request: httpx.Request) -> None:
+    with pytest.raises(httpx.HTTPError):
+        http.send(request)
+
+
+def test_a_client_that_goes_away_while_waiting_is_forgotten(engine: FakeEngine) -> None:
+    """It never ran; it does not run later for nobody."""
+    engine.hold()
+    first = InBackground(engine, prompt="first", max_tokens=3)
+    eventually(lambda: bool(engine.scheduler.running))
+    with pytest.raises(httpx.ReadTimeout), engine.http() as http:
+        http.post("/v1/completions", json={"prompt": "second"}, timeout=0.2)
+    engine.free()
+    assert first.result().status_code == 200
+    eventually(lambda: engine.core.totals.cancelled == 1)
+    eventually(engine.all_blocks_free)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (DeviceOutOfMemory("2 MiB needed, 1 MiB free"), 503, "out of device memory"),
+        (RuntimeError("secret detail"), 500, "failed computing this request: RuntimeError"),
+    ],
+)
+def test_a_step_that_fails_is_a_clear_error_and_the_engine_goes_on(
+    engine: FakeEngine, error: Exception, status: int, words: str
+) -> None:
+    """Before the first token it is a status code."""
+    engine.error = error
+    response = post(engine, prompt="once", stream=True)
+    assert response.status_code == status
+    assert words in response.json()["error"]["message"]
+    assert "secret" not in response.text
+    assert post(engine, prompt="once").status_code == 200
+    assert engine.core.totals.failed == 1
+
+
+def test_a_stream_that_fails_midway_gets_an_error_event_and_ends(engine: FakeEngine) -> None:
+    engine.hold()
+    engine.let(2)
+    body = {"prompt": "once", "max_tokens": 50, "stream": True}
+    with engine.http() as http, http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        assert "choices" in json.loads(next(lines).removeprefix("data: "))
+        engine.error = DeviceOutOfMemory("full")
+        engine.free()
+        rest = [line for line in lines if line]
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "data: [DONE]" not in rest
+    eventually(engine.all_blocks_free)
+
+
+def test_when_the_core_dies_nobody_hangs(engine: FakeEngine) -> None:
+    """Pending clients get an error, health turns 503, new requests are turned away."""
+    engine.hold()
+    waiting = InBackground(engine, prompt="once", max_tokens=50)
+    eventually(lambda: bool(engine.scheduler.running))
+    engine.core_channel._socket.shutdown(2)
+    assert waiting.result().status_code == 503
+    with engine.http() as http:
+        eventually(lambda: http.get("/health").status_code == 503)
+        response = http.post("/v1/completions", json={"prompt": "x"})
+    assert response.status_code == 503
+    assert "has stopped" in response.json()["error"]["message"]

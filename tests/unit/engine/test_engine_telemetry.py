@@ -1,0 +1,290 @@
+"""What the engine writes to the link, read back as the pilot reads it; knobs that move between steps only."""
+
+import os
+
+import pytest
+from fake_executor import FakeExecutor, Reading
+from kvengine.config import EngineConfig
+from kvengine.core import Core
+from kvengine.errors import DeviceOutOfMemory
+from kvengine.kv.plan import Plan
+from kvengine.kv.pool import BlockPool
+from kvengine.manifest import PREFIX_FIELDS, build_manifest
+from kvengine.request import Request, SamplingParams
+from kvengine.sched.admission import Limits
+from kvengine.sched.batch import Batch
+from kvengine.sched.scheduler import Scheduler
+from kvengine.telemetry import SCAN_STEPS, Telemetry, provided_fields
+from kvpilot.clock import NS, VirtualClock
+from kvpilot.inside.hook import StepHook, with_hook_fields
+from kvpilot.inside.lengths import LengthPredictor
+from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, Lease, Scope
+from kvpilot.link.fields import HOOK_FIELDS, STEP_FIELDS
+from kvpilot.link.page import Identity
+from kvpilot.link.telemetry import TelemetryReader, TelemetryWriter, plan_page
+
+BLOCK = 4
+BLOCKS = 32
+NONCE = 77
+STEP_NS = 10_000_000
+WHO = Identity("host", "", 0, 0)
+
+
+class Flight:
+    """An engine in virtual time with a page that a reader reads and controls that a writer writes."""
+
+    def __init__(self, draft: bool = True) -> None:
+        self.clock = VirtualClock(start_ns=NS)
+        self.free_bytes = 1 << 20
+        self.error: Exception | None = None
+        executor = FakeExecutor(BLOCK, before=self._before)
+        executor.memory = lambda: Reading(self.free_bytes, 5, 4)  # type: ignore[method-assign]
+        lengths = LengthPredictor(100)
+        self.scheduler = Scheduler(BlockPool(BLOCKS), BLOCK, levels=2)
+        self.core = Core(
+            self.scheduler, executor, Limits(100, BLOCKS * BLOCK), frozenset(), lengths, self.clock
+        )
+        config = EngineConfig(
+            step_token_budget=64,
+            prefill_chunk_tokens=64,
+            max_running=8,
+            classes=("batch", "interactive"),
+            **({} if draft else {"draft": None}),
+        )
+        self.manifest = with_hook_fields(
+            build_manifest(
+                config,
+                Plan(1 << 30, 1 << 20, BLOCK, 512, BLOCKS, 1 << 20),
+                fields=provided_fields(self.core, executor, lengths),
+                max_model_len=100,
+                activation_bytes_per_token=8192,
+                device="cpu",
+            )
+        )
+        page = bytearray(plan_page(self.manifest).page_bytes)
+        writer = TelemetryWriter(page, self.manifest, nonce=NONCE, identity=WHO)
+        self.controls = bytearray(CONTROLS_BYTES)
+        self.pilot = ControlsWriter(self.controls, WHO)
+        hook = StepHook(self.manifest, writer, lambda _now_ns: bytes(self.controls))
+        self.telemetry = Telemetry(self.core, executor, lengths, hook)
+        self.reader = TelemetryReader(lambda offset, size: bytes(page[offset : offset + size]))
+
+    def _before(self, _batch: Batch) -> None:
+        self.clock.advance(STEP_NS / NS)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def arrive(self, number: int, prompt: int = 6, output: int = 6, klass: int = 0, tenant: str = "") -> None:
+        sampling = SamplingParams(output)
+        now_ns = self.clock.monotonic_ns()
+        self.core.accept(Request(number, [number] * prompt, sampling, klass, tenant or None, now_ns))
+
+    def step(self) -> Batch:
+        knobs = self.telemetry.knobs(self.clock.monotonic_ns())
+        step = self.core.step(knobs)
+        self.telemetry.record(step, knobs)
+        return step.batch
+
+    def idle(self) -> None:
+        now_ns = self.clock.monotonic_ns()
+        self.telemetry.record_idle(now_ns, self.telemetry.knobs(now_ns))
+
+    def lease(self, renewal: int, ttl_s: float = 1.0, **values: float) -> None:
+        leases = [
+            Lease(knob, Scope("all"), value, round(ttl_s * NS), renewal, 1) for knob, value in values.items()
+        ]
+        self.pilot.write(leases, NONCE)
+
+
+def test_every_field_that_this_engine_can_fill_is_filled() -> None:
+    """The catalogue less the prefix cache, which the manifest says is missing and why."""
+    names = {field.name for field in Flight().manifest.fields if not field.name.startswith("knob.")}
+    assert names == set(STEP_FIELDS) - set(PREFIX_FIELDS) | set(HOOK_FIELDS)
+    assert set(Flight().manifest.unsupported_signals) == set(PREFIX_FIELDS)
+
+
+def test_an_engine_without_a_draft_says_that_it_cannot_speculate() -> None:
+    flight = Flight(draft=False)
+    assert flight.manifest.knob("speculative_tokens") is None
+    assert "no draft" in flight.manifest.unsupported_knobs["speculative_tokens"]
+    flight.arrive(1)
+    flight.step()
+    assert flight.step().slices[0].drafts == 0
+
+
+def test_a_step_record_says_what_the_step_did() -> None:
+    """Counts by hand: a prompt of 6 and one of 5, then a decode round with two drafts accepted each."""
+    flight = Flight()
+    flight.arrive(1, prompt=6, output=9)
+    flight.arrive(2, prompt=5, output=9, klass=1)
+    flight.step()
+    (first,) = flight.reader.poll()
+    expected = {
+        "steps_total": 1,
+        "duration_ns": STEP_NS,
+        "time_ns": flight.clock.monotonic_ns(),
+        "prefill_tokens_total": 11,
+        "decode_tokens_total": 2,
+        "chunk_positions_total": 6 * 6 + 5 * 5,
+        "running": 2,
+        "waiting": 0,
+        "kv_blocks_free": BLOCKS - 4,
+        "kv_blocks_cached": 0,
+        "tail_waste_tokens": 16 - 11,
+        "device_free_bytes": 1 << 20,
+        "device_allocated_bytes": 4,
+        "knob.speculative_tokens": 4,
+        "knob.max_running": 8,
+    }
+    assert {name: first[name] for name in expected} == expected
+    flight.step()
+    (second,) = flight.reader.poll()
+    expected = {
+        "drafted_tokens_total": 8,
+        "accepted_tokens_total": 4,
+        "draft_rounds_total": 2,
+        "rejected_rounds_total": 2,
+        "decode_sequences_total": 2,
+        "context_tokens_total": (6 + 5) + (5 + 5),
+        "decode_tokens_total": 8,
+        "prefill_tokens_total": 11,
+    }
+    assert {name: second[name] for name in expected} == expected
+
+
+def test_latencies_are_recorded_by_class_and_tokens_of_a_step_share_its_time() -> None:
+    flight = Flight()
+    flight.arrive(1, output=7)
+    flight.clock.advance(0.04)
+    flight.arrive(2, output=1, klass=1)
+    flight.step()
+    flight.step()
+    flight.step()
+
+    def counted(name: str, level: int) -> tuple[int, float | None]:
+        histogram = flight.reader.histogram(name, level)
+        assert histogram is not None
+        return histogram.count, histogram.mean()
+
+    assert counted("ttft", 0) == (1, pytest.approx(0.05))
+    assert counted("ttft", 1) == (1, pytest.approx(0.01))
+    assert counted("queue_wait", 0) == (1, pytest.approx(0.04))
+    assert counted("queue_wait", 1) == (1, pytest.approx(0))
+    assert counted("itl", 0) == (6, pytest.approx(0.01 / 3, rel=1e-6))
+    assert counted("itl", 1)[0] == 0
+    steps = flight.reader.histogram("step")
+    assert steps is not None
+    assert (steps.count, steps.mean()) == (3, pytest.approx(0.01))
+
+
+def test_queues_and_tenants_are_shown() -> None:
+    """Who waits by class; what a tenant holds, until it holds nothing."""
+    flight = Flight()
+    for number in range(1, 11):
+        flight.arrive(number, klass=number % 2, tenant="acme", output=30)
+    flight.step()
+    assert [(row.waiting, row.waiting_prompt_tokens) for row in flight.reader.classes()] == [(2, 12), (0, 0)]
+    for _ in range(SCAN_STEPS - 1):
+        flight.step()
+    (row,) = flight.reader.tenants()
+    assert row.name == "acme"
+    assert row.running == len(flight.scheduler.running)
+    assert row.kv_blocks == flight.scheduler.pool.referenced
+    while flight.core.requests:
+        flight.step()
+    (row,) = flight.reader.tenants()
+    assert (row.running, row.waiting, row.kv_blocks) == (0, 0, 0)
+    assert row.tokens_total == flight.core.totals.decode_tokens == 300
+    assert row.block_ns_total > 0
+
+
+def test_demand_is_predicted_every_16_steps_and_says_when() -> None:
+    flight = Flight()
+    flight.arrive(1, prompt=6, output=90)
+    for _ in range(SCAN_STEPS + 3):
+        flight.step()
+    records = flight.reader.poll()
+    assert [record["demand_step"] for record in records[:SCAN_STEPS]] == [0] * (SCAN_STEPS - 1) + [SCAN_STEPS]
+    last = records[-1]
+    assert last["demand_step"] == SCAN_STEPS
+    held = BLOCKS - records[SCAN_STEPS - 1]["kv_blocks_free"]
+    assert held < last["demand_16_p90_blocks"] <= BLOCKS
+    assert last["demand_16_p10_blocks"] <= last["demand_16_p50_blocks"] <= last["demand_16_p90_blocks"]
+
+
+def test_knobs_move_at_step_boundaries_and_are_echoed() -> None:
+    """A lease is obeyed in the step after it is seen renewed, and baseline is back one ttl later."""
+    flight = Flight()
+    flight.arrive(1, prompt=40, output=40)
+    flight.lease(1, prefill_chunk_tokens=8, speculative_tokens=0, max_running=0)
+    assert flight.step().tokens == 40, "a lease found at the start is history"
+    flight.arrive(2, prompt=40, output=2)
+    flight.lease(2, prefill_chunk_tokens=8, speculative_tokens=0, max_running=0)
+    batch = flight.step()
+    assert (batch.prefill_tokens, batch.tokens) == (0, 1), "a running cap of at least one, drained"
+    echo = flight.reader.poll()[-1]
+    names = ("prefill_chunk_tokens", "speculative_tokens", "max_running")
+    assert [echo["knob." + name] for name in names] == [8, 0, 1]
+    assert echo["controls_sequence"] == 2
+    flight.clock.advance(1.0)
+    assert flight.step().prefill_tokens == 40
+    assert flight.reader.poll()[-1]["knob.prefill_chunk_tokens"] == 64
+
+
+def test_an_idle_engine_shows_when_a_lease_runs_out_or_memory_moves() -> None:
+    """Without a step: a record with the same step count, no duration, and the new value."""
+    flight = Flight()
+    flight.arrive(1, output=1)
+    flight.step()
+    flight.idle()
+    assert len(flight.reader.poll()) == 1, "nothing moved, nothing to say"
+    flight.lease(1, max_running=2)
+    flight.idle()
+    flight.lease(2, max_running=2)
+    flight.idle()
+    assert [record["knob.max_running"] for record in flight.reader.poll()] == [2]
+    wake_ns = flight.telemetry.wake_by_ns()
+    assert wake_ns == flight.clock.monotonic_ns() + NS
+    flight.clock.advance(1.0)
+    flight.idle()
+    flight.free_bytes = 1000
+    flight.idle()
+    flight.idle()
+    records = flight.reader.poll()
+    assert [(r["knob.max_running"], r["device_free_bytes"]) for r in records] == [(8, 1 << 20), (8, 1000)]
+    assert {record["steps_total"] for record in records} == {1}
+    steps = flight.reader.histogram("step")
+    assert steps is not None
+    assert steps.count == 1, "an idle record is no step"
+
+
+def test_a_step_out_of_memory_is_in_the_record() -> None:
+    flight = Flight()
+    flight.arrive(1)
+    flight.error = DeviceOutOfMemory("full")
+    flight.step()
+    (record,) = flight.reader.poll()
+    assert (record["oom_total"], record["failed_total"], record["running"]) == (1, 1, 0)
+    assert record["kv_blocks_free"] == BLOCKS
+
+
+def test_the_engine_behaves_the_same_without_a_link() -> None:
+    """No environment, no telemetry: the same batches as with a pilot that holds no lease."""
+
+    def flown(disabled: bool) -> list[tuple[int, int]]:
+        flight = Flight()
+        if disabled:
+            hook = StepHook.open(flight.manifest, environ={})
+            assert not hook.enabled
+            flight.telemetry._hook = hook
+        for number in range(1, 9):
+            flight.arrive(number, prompt=5 + number, output=12, klass=number % 2)
+        batches = []
+        while flight.core.requests:
+            batch = flight.step()
+            batches.append((batch.tokens, batch.decode_sequences))
+        return batches
+
+    assert "KVPILOT_TELEMETRY" not in os.environ
+    assert flown(disabled=True) == flown(disabled=False)
