@@ -48,7 +48,7 @@ class _Model(BaseModel):
 
 
 class EngineLink(_Model):
-    """Where the engine's pages are; what is not written comes from KVPILOT_ENGINE, _TELEMETRY and _CONTROLS."""
+    """Where the engine's pages are; KVPILOT_ENGINE, _TELEMETRY and _CONTROLS say what is not written here."""
 
     name: Name | None = None
     telemetry: File | None = None

@@ -1,7 +1,7 @@
 """One engine rank, as the pilot sees it: which start of it is alive, its newest step, and what that says.
 
-Observing is the only way in: pages come from `Pages`, time from the caller, and the result is plain values. An
-engine that is not there yet, died, or started again is a state of the sight, never an exception.
+Observing is the only way in: pages come from `Pages`, time from the caller, and the result is plain values.
+An engine that is not there yet, died, or started again is a state of the sight, never an exception.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ RESCAN_NS = NS // 2
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """One look. Without `manifest` there is no engine yet; `waiting_for` then says what is missing, in words."""
+    """One look. Without `manifest` there is no engine yet; `waiting_for` then says what is missing."""
 
     at_ns: int
     waiting_for: str | None = None

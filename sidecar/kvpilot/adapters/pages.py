@@ -4,7 +4,7 @@ from typing import Protocol
 
 from kvpilot.clock import Clock
 from kvpilot.link import files
-from kvpilot.link.controls import ControlsWriter
+from kvpilot.link.controls import ControlsWriter, Slot, newest_slot
 from kvpilot.link.files import WritablePage
 from kvpilot.link.following import newest_telemetry, open_pages
 from kvpilot.link.page import PageHeader
@@ -45,13 +45,23 @@ class LinkFiles:
 
 
 class Controls:
-    """The two controls pages that one pilot writes, locked for as long as it lives."""
+    """The two controls pages that one pilot writes, locked for as long as it lives.
+
+    `engine_left` and `valve_left` are the tables that an earlier pilot left, if any.
+    """
 
     def __init__(
-        self, engine: ControlsWriter, valve: ControlsWriter, pages: tuple[WritablePage, ...] = ()
+        self,
+        engine: ControlsWriter,
+        valve: ControlsWriter,
+        engine_left: Slot | None = None,
+        valve_left: Slot | None = None,
+        pages: tuple[WritablePage, ...] = (),
     ) -> None:
         self.engine = engine
         self.valve = valve
+        self.engine_left = engine_left
+        self.valve_left = valve_left
         self._pages = pages
 
     @classmethod
@@ -64,7 +74,8 @@ class Controls:
             engine.close()
             engine_page.close()
             raise
-        return cls(engine, valve, (engine_page, valve_page))
+        left = [newest_slot(bytes(page.buffer)) for page in (engine_page, valve_page)]
+        return cls(engine, valve, left[0], left[1], (engine_page, valve_page))
 
     def close(self) -> None:
         """Give the controls up; what was last written stays readable."""

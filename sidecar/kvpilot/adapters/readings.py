@@ -1,7 +1,7 @@
 """What one look at an engine's page says about each signal of the catalogue.
 
-Pure: a manifest, a step record, class rows and histograms in; a reading, or why there is none, out. A field that
-the engine does not provide makes its signals missing, never zero.
+Pure: a manifest, a step record, class rows and histograms in; a reading, or why there is none, out. A field
+that the engine does not provide makes its signals missing, never zero.
 """
 
 import math
@@ -96,7 +96,7 @@ ENGINE_SIGNALS = tuple(name for name, signal in SIGNALS.items() if signal.provid
 def read_signals(
     wanted: Iterable[Key], reader: TelemetryReader, record: StepRecord, at_ns: int
 ) -> dict[Key, Reading | Missing]:
-    """Readings of those `wanted` signals that an engine provides. What could not be read just now is left out."""
+    """Readings of those `wanted` that an engine provides. What could not be read just now is left out."""
     manifest = reader.manifest
     rows: Mapping[str, ClassRow] | None = None
     readings: dict[Key, Reading | Missing] = {}

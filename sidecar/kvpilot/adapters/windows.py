@@ -1,8 +1,8 @@
 """Windows: what a signal was over the last seconds, or why nobody can say.
 
-A reading is one look at a signal: a level, a cumulative count, a pair of counts, or a cumulative histogram, with
-the pilot's time at which it was known to be true. A view is what a policy's input asks for: an aggregation over
-a window, with the least number of samples and the greatest age it will accept.
+A reading is one look at a signal: a level, a cumulative count, a pair of counts, or a cumulative histogram,
+with the pilot's time at which it was known to be true. A view is what a policy's input asks for: an
+aggregation over a window, with the least number of samples and the greatest age it will accept.
 
 What counts as a sample, for `min_samples`: a reading (gauge, counter), a unit of the denominator (ratio), an
 observation (distribution). Cumulative kinds are read as differences, so a window that began before the pilot

@@ -1,1 +1,1 @@
-"""Alerts for people: what a rule's `notify` and the pilot's own troubles become, and how they reach a receiver."""
+"""Alerts for people: what a rule's `notify` and the pilot's own troubles become, and how they get there."""

@@ -1,4 +1,4 @@
-"""An alert, and the body that carries it: Alertmanager's webhook format, version 4, so its receivers work as they are.
+"""An alert, and the body that carries it: Alertmanager's webhook format, version 4, for the receivers it has.
 
 One alert is one group: its key is stable over firing and resolved, so a receiver can pair them.
 """

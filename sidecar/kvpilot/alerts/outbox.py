@@ -1,10 +1,10 @@
 """The outbox: alerts on their way to receivers, bounded, in order for each receiver, and never waited for.
 
-A receiver that is slow or gone holds up its own queue alone. Three tries, then the alert is given up and counted:
-what must not be lost belongs in the journal, which has it already.
+A receiver that is slow or gone holds up its own queue alone. Three tries, then the alert is given up and
+counted: what must not be lost belongs in the journal, which has it already.
 
-Invariant: a resolved alert is sent only after its firing one was (or was given up), because one receiver's queue
-is worked off by one task in order.
+Invariant: a resolved alert is sent only after its firing one was (or was given up), because one receiver's
+queue is worked off by one task in order.
 """
 
 import asyncio

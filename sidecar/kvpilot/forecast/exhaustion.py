@@ -45,7 +45,7 @@ class KvExhaustion:
         self._samples.clear()
 
     def observe(self, at_ns: int, available_blocks: float) -> None:
-        """One sample. Closer than the window's share to the one before, it is passed over (jitter allowed)."""
+        """One sample. Closer to the one before than the window's share, it is passed over."""
         if self._samples and at_ns - self._samples[-1][0] < 0.8 * self._spacing_ns:
             return
         self._samples.append((at_ns, available_blocks))

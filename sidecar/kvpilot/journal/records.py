@@ -79,7 +79,7 @@ class SwitchRecord:
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """Something that explains other rows: an engine came, left or restarted; policies were loaded or refused."""
+    """What explains other rows: an engine came, left or restarted; policies were loaded or refused."""
 
     at_wall_ns: int
     kind: str

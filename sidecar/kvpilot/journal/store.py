@@ -1,7 +1,7 @@
 """The journal's file: one SQLite database in WAL mode, written by one pilot, readable by anybody meanwhile.
 
-Bounded: `prune` keeps the newest rows of each table. A batch is one transaction: it is in whole or not at all.
-Not thread-safe; the pilot's writer thread is its only user once the pilot flies.
+Bounded: `prune` keeps the newest rows of each table. A batch is one transaction: it is in whole or not at
+all. Not thread-safe; the pilot's writer thread is its only user once the pilot flies.
 """
 
 import json
@@ -28,20 +28,20 @@ FORMAT = 1
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS decisions (
-    number INTEGER PRIMARY KEY, at_wall_ns INTEGER, engine_nonce TEXT, policy TEXT, rule TEXT, knob TEXT, scope TEXT,
-    before REAL, after REAL, verdict TEXT, reason TEXT, inputs TEXT, confirmed_after_s REAL);
+    number INTEGER PRIMARY KEY, at_wall_ns INTEGER, engine_nonce TEXT, policy TEXT, rule TEXT, knob TEXT,
+    scope TEXT, before REAL, after REAL, verdict TEXT, reason TEXT, inputs TEXT, confirmed_after_s REAL);
 CREATE TABLE IF NOT EXISTS effects (
-    id INTEGER PRIMARY KEY, at_wall_ns INTEGER, policy TEXT, rule TEXT, input TEXT, expected TEXT, before REAL,
-    after REAL, met INTEGER, reason TEXT);
+    id INTEGER PRIMARY KEY, at_wall_ns INTEGER, policy TEXT, rule TEXT, input TEXT, expected TEXT, before
+    REAL, after REAL, met INTEGER, reason TEXT);
 CREATE TABLE IF NOT EXISTS overrides (
-    id INTEGER PRIMARY KEY, at_wall_ns INTEGER, knob TEXT, scope TEXT, value REAL, until_wall_ns INTEGER, why TEXT,
-    who TEXT);
-CREATE TABLE IF NOT EXISTS switches (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, off INTEGER, why TEXT, who TEXT);
-CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, kind TEXT, detail TEXT);
+    id INTEGER PRIMARY KEY, at_wall_ns INTEGER, knob TEXT, scope TEXT, value REAL, until_wall_ns INTEGER, why
+    TEXT, who TEXT);
+CREATE TABLE IF NOT EXISTS switches (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, off INTEGER, why TEXT, who
+TEXT); CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, kind TEXT, detail TEXT);
 """
 _DECISIONS = (
-    "SELECT number, at_wall_ns, engine_nonce, policy, rule, knob, scope, before, after, verdict, reason, inputs"
-    " FROM decisions"
+    "SELECT number, at_wall_ns, engine_nonce, policy, rule, knob, scope, before, after, verdict, reason,"
+    " inputs FROM decisions"
 )
 _TABLES = {"decisions": "number", "effects": "id", "overrides": "id", "switches": "id", "events": "id"}
 
@@ -143,8 +143,8 @@ class JournalStore:
 
 
 def _decision(row: tuple[Any, ...]) -> DecisionRecord:
-    number, at_wall_ns, nonce, *rest, inputs = row
-    return DecisionRecord(number, at_wall_ns, int(nonce, 16), *rest, inputs=json.loads(inputs))
+    plain = (*row[:2], int(row[2], 16), *row[3:-1], json.loads(row[-1]))
+    return DecisionRecord(*plain)
 
 
 def _statement(record: Record) -> tuple[str, tuple[object, ...]]:
@@ -155,7 +155,7 @@ def _statement(record: Record) -> tuple[str, tuple[object, ...]]:
                 (
                     record.number,
                     record.at_wall_ns,
-                    f"{record.engine_nonce:016x}",  # SQLite's integers are signed: a nonce of 64 bits does not fit.
+                    f"{record.engine_nonce:016x}",  # SQLite's integers are signed: too small.
                     record.policy,
                     record.rule,
                     record.knob,
@@ -168,7 +168,11 @@ def _statement(record: Record) -> tuple[str, tuple[object, ...]]:
                 ),
             )
         case VerdictRecord():
-            return "UPDATE decisions SET verdict = ?, confirmed_after_s = ? WHERE number = ?", (
+            return (
+                # What evaluation clamped stays so; the engine can only say whether that arrived.
+                "UPDATE decisions SET confirmed_after_s = ?2, verdict = CASE"
+                " WHEN verdict = 'clamped' AND ?1 = 'applied' THEN verdict ELSE ?1 END WHERE number = ?3"
+            ), (
                 record.verdict,
                 record.after_s,
                 record.number,

@@ -1,8 +1,8 @@
 """The journal's writer: a thread between the tick, which never waits, and the disk, which may.
 
-`add` is an append to a bounded queue. A full disk costs rows, never a tick: the batch is dropped and counted, one
-warning is logged, and writing is tried again with the next batch. When rows arrive faster than the disk takes
-them, the newest are dropped and counted.
+`add` is an append to a bounded queue. A full disk costs rows, never a tick: the batch is dropped and counted,
+one warning is logged, and writing is tried again with the next batch. When rows arrive faster than the disk
+takes them, the newest are dropped and counted.
 """
 
 import contextlib

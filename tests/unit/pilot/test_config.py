@@ -73,7 +73,8 @@ def test_the_environment_names_the_engine_where_the_file_does_not(tmp_path: Path
 def test_an_engine_without_directories_is_told_what_to_write(tmp_path: Path) -> None:
     lines = mistakes(tmp_path, "classes: [{name: all, ttft: 1s, itl: 1s}]")
     assert lines == [
-        "kvpilot.yaml:1:1: no `telemetry` directory: write `engine: {telemetry: DIR}` or set KVPILOT_TELEMETRY",
+        "kvpilot.yaml:1:1: no `telemetry` directory: "
+        "write `engine: {telemetry: DIR}` or set KVPILOT_TELEMETRY",
         "kvpilot.yaml:1:1: no `controls` directory: write `engine: {controls: DIR}` or set KVPILOT_CONTROLS",
     ]
 

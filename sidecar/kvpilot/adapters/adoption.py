@@ -1,0 +1,106 @@
+"""A pilot that starts beside a flying engine takes over the leases that an earlier pilot left in force.
+
+A lease is adopted if the journal knows its decision, and the policy and rule behind that still exist and
+still act on that knob; all others are withdrawn by not being renewed. An adopted lease is renewed as it is
+until the rule can see its inputs (fresh windows are empty for a while, and missing would release it at once);
+then it becomes the rule's own claim and the rule goes on from there. After `GRACE_NS` it is dropped.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from kvpilot.adapters.actuator import valve_fraction
+from kvpilot.adapters.engine import Sight
+from kvpilot.adapters.pages import Controls
+from kvpilot.clock import NS
+from kvpilot.journal.records import DecisionRecord
+from kvpilot.link.controls import Lease
+from kvpilot.link.fields import KNOB_PREFIX
+from kvpilot.policy.evaluate import Inputs
+from kvpilot.policy.outcome import LeaseWish
+from kvpilot.policy.rules import Policy, PolicySet, Rule
+from kvpilot.policy.state import Claim, Phase, RuleState, State
+from kvpilot.signals import Missing
+
+GRACE_NS = 10 * NS
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """One lease waiting for its rule to see."""
+
+    wish: LeaseWish
+    number: int
+    since_ns: int
+
+
+def adopt(
+    leases: Iterable[Lease],
+    decision: Callable[[int], DecisionRecord | None],
+    policies: PolicySet,
+    now_ns: int,
+) -> list[Adopted]:
+    """Those of `leases`, which must be in force, that a rule of `policies` can go on from."""
+    adopted = []
+    for lease in leases:
+        row = decision(lease.decision_id)
+        found = _find(policies, row.policy, row.rule) if row is not None else None
+        if row is None or found is None or row.knob != lease.knob:
+            continue
+        rule = found[1]
+        if any((action.knob, action.scope) == (lease.knob, lease.scope) for action in rule.actions):
+            wish = LeaseWish(lease.knob, lease.scope, lease.value, lease.ttl_ns, row.policy, row.rule)
+            adopted.append(Adopted(wish, lease.decision_id, now_ns))
+    return adopted
+
+
+def hand_over(
+    adopted: list[Adopted], state: State, policies: PolicySet, inputs: Inputs, now_ns: int
+) -> tuple[list[Adopted], State]:
+    """What still waits, and the state with the claims of those rules that can see now."""
+    waiting, rules = [], dict(state.rules)
+    for each in adopted:
+        key = (each.wish.policy, each.wish.rule)
+        found = _find(policies, *key)
+        if found is None or now_ns - each.since_ns > GRACE_NS:
+            continue
+        policy, rule = found
+        if any(isinstance(inputs.get((policy.name, name)), Missing) for name in policy.inputs):
+            waiting.append(each)
+            continue
+        claim = Claim(each.wish.knob, each.wish.scope, each.wish.value)
+        old = rules.get(key, RuleState(rule.identity))
+        kept = tuple(c for c in old.claims if (c.knob, c.scope) != (claim.knob, claim.scope))
+        if old.phase is Phase.INACTIVE:
+            old = replace(old, phase=Phase.ACTIVE, since_ns=now_ns, changed_ns=now_ns, steps=1)
+        rules[key] = replace(old, claims=(*kept, claim))
+    return waiting, replace(state, rules=rules) if rules != state.rules else state
+
+
+def renewed(adopted: Iterable[Adopted], leases: tuple[LeaseWish, ...]) -> tuple[LeaseWish, ...]:
+    """`leases` and the adopted ones that nothing else holds."""
+    held = {(lease.knob, lease.scope) for lease in leases}
+    return (*leases, *(each.wish for each in adopted if (each.wish.knob, each.wish.scope) not in held))
+
+
+def _find(policies: PolicySet, policy: str, rule: str) -> tuple[Policy, Rule] | None:
+    for each in policies.policies:
+        if each.name == policy and each.mode == "enforce":
+            return next(((each, one) for one in each.rules if one.name == rule), None)
+    return None
+
+
+def left_in_force(controls: Controls, sight: Sight) -> list[Lease]:
+    """Leases that an earlier pilot left and that the engine, or every valve, still obeys by its own word."""
+    leases = []
+    left = controls.engine_left
+    if left is not None and left.nonce == sight.nonce and sight.record is not None and sight.manifest:
+        for lease in left.leases:
+            knob = sight.manifest.knob(lease.knob)
+            if knob is not None and sight.record.get(KNOB_PREFIX + lease.knob) == knob.snap(lease.value):
+                leases.append(lease)
+    for lease in controls.valve_left.leases if controls.valve_left is not None else ():
+        share = valve_fraction(sight, lease.scope)
+        if share is not None and lease.value > 0 and share >= lease.value:
+            leases.append(lease)
+    return leases

@@ -1,0 +1,1 @@
+"""How the outside reaches the pilot: read-only HTTP for everybody, a unix socket for those who operate it."""

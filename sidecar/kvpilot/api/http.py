@@ -1,0 +1,95 @@
+"""HTTP, read-only: it shows and cannot operate.
+
+    /metrics   Prometheus (OpenMetrics where asked for)      /status   JSON      /healthz   is the loop
+    turning
+
+Served by the pilot's own event loop, so that a rendering sees whole ticks only; a scrape costs some
+milliseconds.
+"""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from kvpilot.clock import NS, Clock
+from kvpilot.flight import Flight
+from kvpilot.publish.prometheus import PilotCollector
+from kvpilot.publish.status import status
+from kvpilot.version import version
+
+UNHEALTHY_AFTER_S = 5.0
+
+
+class HttpError(Exception):
+    """The address cannot be listened on; one line."""
+
+
+def build_app(flight: Flight, clock: Clock, registry: CollectorRegistry) -> FastAPI:
+    """The application. `registry` is the caller's own: nothing is registered globally."""
+    registry.register(PilotCollector(flight))
+    app = FastAPI(title="kvpilot", version=version(), openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encoder(registry), headers={"Content-Type": content_type})
+
+    @app.get("/status")
+    async def show_status() -> JSONResponse:
+        return JSONResponse(status(flight))
+
+    @app.get("/healthz")
+    async def healthz() -> JSONResponse:
+        tick = flight.pilot.board.tick
+        silent_s = (clock.monotonic_ns() - tick.at_ns) / NS if tick else None
+        healthy = silent_s is None or silent_s < UNHEALTHY_AFTER_S
+        body = {"status": "ok" if healthy else "stuck", "seconds_since_tick": silent_s}
+        return JSONResponse(body, status_code=200 if healthy else 503)
+
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. Raises HttpError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        reason = error.strerror or str(error)
+        raise HttpError(
+            f"http {host}:{port}: {reason}: write another address as `api: {{port: N}}`"
+        ) from error
+    bound.listen(64)
+    return bound
+
+
+class HttpServer(uvicorn.Server):
+    """Uvicorn inside the pilot's loop. Signals are the pilot's: leases are withdrawn before sockets close."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def build_server(app: FastAPI) -> HttpServer:
+    """A server for `app`; run it with `serve(sockets=[...])`, stop it by setting `should_exit`."""
+    return HttpServer(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            http="h11",
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
+    )

@@ -1,0 +1,151 @@
+"""The operating socket: the one way to give orders. A unix socket of mode 0600; the kernel says who calls.
+
+One JSON object a line in, one a line out, in order:
+
+    {"do": "override", "knob": "max_running", "value": 8, "for_s": 600, "why": "...", "scope": "all"}
+    {"do": "off", "why": "..."}     {"do": "on"}     {"do": "status"}
+    -> {"ok": true, ...}            -> {"ok": false, "error": "one line"}
+
+An order takes effect in the next tick. It works while HTTP does not.
+"""
+
+import asyncio
+import json
+import os
+import pwd
+import socket
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kvpilot.api.client import SocketError
+from kvpilot.flight import Flight
+from kvpilot.journal.records import parse_scope
+from kvpilot.orders import OrderError
+from kvpilot.pilot import VALVE_KNOB
+from kvpilot.publish.status import status
+
+MAX_LINE_BYTES = 64 * 1024
+MODE = 0o600
+_CREDENTIALS = struct.Struct("3i")
+
+
+class OperatingSocket:
+    """Listens while open."""
+
+    def __init__(self, flight: Flight, path: Path) -> None:
+        self._flight = flight
+        self._path = path
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Begin to listen. Raises SocketError."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Left by a pilot that was killed; a living one would hold the controls, and we would not be here.
+            with suppress(FileNotFoundError):
+                self._path.unlink()
+            listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            # Never, not for a moment, a socket that others could open.
+            before = os.umask(0o777 & ~MODE)
+            try:
+                listening.bind(str(self._path))
+            finally:
+                os.umask(before)
+            self._server = await asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_LINE_BYTES)
+        except OSError as error:
+            raise SocketError(
+                f"socket {self._path}: {error.strerror or error}: write `socket: FILE`"
+            ) from error
+
+    async def close(self) -> None:
+        """Stop listening and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+            with suppress(FileNotFoundError):
+                self._path.unlink()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        who = _who(writer.get_extra_info("socket"))
+        with suppress(ConnectionError, asyncio.CancelledError):
+            while line := await _line(reader):
+                writer.write(json.dumps(self.answer(line, who)).encode() + b"\n")
+                await writer.drain()
+        writer.close()
+
+    def answer(self, line: bytes, who: str) -> dict[str, Any]:
+        """Do what one line asks for."""
+        try:
+            order = json.loads(line)
+            if not isinstance(order, dict):
+                raise OrderError("an order is one JSON object a line")
+            return {"ok": True, **self._obey(order, who)}
+        except OrderError as error:
+            return {"ok": False, "error": str(error)}
+        except (ValueError, RecursionError) as error:
+            return {"ok": False, "error": f"not an order: {error}"}
+
+    def _obey(self, order: Mapping[str, Any], who: str) -> dict[str, Any]:
+        orders = self._flight.pilot.orders
+        match order.get("do"):
+            case "status":
+                return {"status": status(self._flight)}
+            case "override":
+                self._override(order, who)
+            case "off":
+                orders.turn(True, _text(order, "why"), who)
+            case "on":
+                orders.turn(False, _text(order, "why"), who)
+            case other:
+                raise OrderError(f"cannot do {other!r}: override, off, on and status are what there is")
+        return {}
+
+    def _override(self, order: Mapping[str, Any], who: str) -> None:
+        tick = self._flight.pilot.board.tick
+        knobs = tick.context.knobs if tick is not None and tick.context is not None else {}
+        knob, value = _text(order, "knob"), order.get("value")
+        if knobs and knob not in knobs:
+            raise OrderError(f"this engine has no knob {knob!r}; it has {', '.join(sorted(knobs))}")
+        try:
+            scope = parse_scope(_text(order, "scope") or "all")
+            number = None if value is None else _number(order, "value")
+        except ValueError as error:
+            raise OrderError(str(error)) from None
+        for_s = 0.0 if value is None else _number(order, "for_s")
+        limits = knobs.get(knob) or (VALVE_KNOB if knob == VALVE_KNOB.name else None)
+        self._flight.pilot.orders.override(knob, scope, number, for_s, _text(order, "why"), who, limits)
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """The next line; empty at the end, or where a line is longer than any order."""
+    try:
+        return await reader.readline()
+    except ValueError:
+        return b""
+
+
+def _who(connection: socket.socket) -> str:
+    """The caller, as the kernel knows them."""
+    size = _CREDENTIALS.size
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    _, uid, _ = _CREDENTIALS.unpack(raw)
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _text(order: Mapping[str, Any], key: str) -> str:
+    value = order.get(key, "")
+    if not isinstance(value, str) or len(value) > 1000:
+        raise OrderError(f"{key} must be text of at most 1000 characters")
+    return value
+
+
+def _number(order: Mapping[str, Any], key: str) -> float:
+    value = order.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise OrderError(f"{key} must be a number")
+    return float(value)

@@ -1,0 +1,19 @@
+"""One pilot and everything around it, as one value for those who show or operate it."""
+
+from dataclasses import dataclass
+
+from kvpilot.alerts.outbox import Outbox
+from kvpilot.journal.writer import JournalWriter
+from kvpilot.pilot import Pilot
+from kvpilot.policy_directory import PolicyDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """`engine_name` labels whatever leaves this process."""
+
+    engine_name: str
+    pilot: Pilot
+    directory: PolicyDirectory
+    outbox: Outbox
+    journal: JournalWriter

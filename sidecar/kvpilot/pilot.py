@@ -1,0 +1,191 @@
+"""The pilot: ten times a second, in one direction, observe -> forecast -> decide -> act -> verify -> publish.
+
+`Pilot.tick` is the whole of it. Stages take plain values and return plain values; only observing, acting and
+publishing touch the world. Nothing in a tick waits for a disk, a network or a person.
+
+Invariants: every lease written is in the tick's outcome, or adopted and waiting for its rule; what is in
+neither is withdrawn in the same tick; a tick that fails renews nothing, and the engine is back at baseline
+one ttl later.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvpilot.adapters.actuator import Actuator
+from kvpilot.adapters.adoption import Adopted, hand_over, renewed
+from kvpilot.adapters.engine import EngineAdapter, Sight
+from kvpilot.adapters.readings import available_blocks
+from kvpilot.adapters.windows import Key, Reading, Windows
+from kvpilot.clock import NS, Clock
+from kvpilot.config import Arm
+from kvpilot.forecast.exhaustion import KvExhaustion
+from kvpilot.journal.ledger import Ledger
+from kvpilot.link.manifest import ManifestKnob
+from kvpilot.orders import Orders
+from kvpilot.policy.context import Context, Slo
+from kvpilot.policy.evaluate import Inputs, evaluate
+from kvpilot.policy.outcome import Notice
+from kvpilot.policy.rules import PolicySet
+from kvpilot.policy.state import State
+from kvpilot.publish.board import Board, Tick
+from kvpilot.signals import Missing
+
+TICK_NS = NS // 10
+EXHAUSTION: Key = ("forecast.kv_exhaustion_seconds", None)
+VALVE_KNOB = ManifestKnob("shed_fraction", "ratio", 0.0, 1.0, 0.0, 0.01, "valve")
+"""For engines that do not list it: a valve beside them has it all the same."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Pilot:
+    """One engine's pilot. `notify` must not wait."""
+
+    clock: Clock
+    engine: EngineAdapter
+    actuator: Actuator
+    orders: Orders
+    ledger: Ledger
+    board: Board
+    slo: Slo
+    arm: Arm
+    notify: Callable[[Notice, int], None]
+    take_over: Callable[[Sight], list[Adopted]]
+    """Called once for each engine start: leases in force that this pilot goes on from."""
+    policies: PolicySet = field(default_factory=lambda: PolicySet(()))
+    _state: State = field(default_factory=State)
+    _windows: Windows = field(default_factory=Windows)
+    _exhaustion: KvExhaustion = field(default_factory=KvExhaustion)
+    _adopted: list[Adopted] = field(default_factory=list)
+    _said: str | None = None
+
+    def use(self, policies: PolicySet) -> None:
+        """Fly these policies from the next tick on; rules whose text is unchanged keep their state."""
+        self.policies = policies
+        self._windows.require(spec for policy in policies.policies for spec in policy.inputs.values())
+
+    def tick(self) -> Tick:
+        """See the module docstring."""
+        now_ns, wall_ns = self.clock.monotonic_ns(), self.clock.wall_ns()
+        # observe
+        sight = self.engine.observe(now_ns, {*self._windows.wanted, *self.board.wanted(now_ns)})
+        self._meet(sight, wall_ns)
+        off = self.orders.off
+        if sight.manifest is None:
+            return self._publish(Tick(now_ns, wall_ns, sight, off=off), sight.readings)
+        # forecast
+        readings = {**sight.readings, EXHAUSTION: self._forecast(sight)}
+        self._windows.take(readings)
+        inputs = self._inputs(now_ns)
+        # decide
+        context = self._context(sight, off is not None)
+        self._adopted, state = hand_over(self._adopted, self._state, self.policies, inputs, now_ns)
+        outcome = evaluate(self.policies, state, inputs, context)
+        self._state = outcome.state
+        if context.off:
+            self._adopted = []
+        leases = renewed(self._adopted, outcome.leases)
+        # act
+        numbers = self.ledger.record(outcome, sight.nonce, wall_ns)
+        self.actuator.write(leases, numbers, sight.nonce, now_ns)
+        # verify
+        self.ledger.confirm(self.actuator.confirm(sight))
+        # publish
+        for notice in outcome.notices:
+            self.notify(notice, wall_ns)
+        tick = Tick(now_ns, wall_ns, sight, context.armed, off, inputs, context, outcome, leases)
+        return self._publish(tick, readings)
+
+    def withdraw(self) -> None:
+        """Leave the engine to itself: take every lease back, now."""
+        tick = self.board.tick
+        if tick is not None and tick.sight.manifest is not None:
+            self.actuator.write((), {}, tick.sight.nonce, self.clock.monotonic_ns())
+
+    def _meet(self, sight: Sight, wall_ns: int) -> None:
+        """Say once what is waited for, or who has come; another engine start means empty windows."""
+        manifest = sight.manifest
+        state = sight.waiting_for or f"engine {sight.nonce:016x} is {sight.liveness}"
+        if manifest is not None and sight.restarted:
+            self._windows.clear("restarted")
+            self._exhaustion.clear()
+            self._adopted = self.take_over(sight)
+            model = (
+                f"{manifest.engine} {manifest.engine_version}, {manifest.model}, {manifest.blocks} KV blocks"
+            )
+            state = f"engine {sight.nonce:016x} is {sight.liveness}"
+            _log.info("%s: %s; %d leases adopted", state, model, len(self._adopted))
+            self.ledger.event(
+                "engine", f"{sight.nonce:016x} {model}, {len(self._adopted)} leases adopted", wall_ns
+            )
+        elif state != self._said and (sight.waiting_for or sight.liveness in ("dead", "stalled", "wedged")):
+            _log.warning("waiting: %s", state) if sight.waiting_for else _log.warning("%s", state)
+            self.ledger.event("engine", state, wall_ns)
+        self._said = state
+
+    def _forecast(self, sight: Sight) -> Reading | Missing:
+        """KV time to exhaustion, as a signal like any other."""
+        available = available_blocks(sight.record) if sight.record is not None else None
+        if available is None:
+            return Missing("not_provided" if sight.record else "no_samples")
+        silent = sight.liveness in ("dead", "stalled")
+        if not silent:
+            self._exhaustion.observe(sight.at_ns, available)
+        seconds = Missing("too_old") if silent else self._exhaustion.seconds(available)
+        return seconds if isinstance(seconds, Missing) else Reading(sight.at_ns, seconds)
+
+    def _inputs(self, now_ns: int) -> Inputs:
+        return {
+            (policy.name, name): self._windows.value(spec, now_ns)
+            for policy in self.policies.policies
+            for name, spec in policy.inputs.items()
+        }
+
+    def _context(self, sight: Sight, off: bool) -> Context:
+        assert sight.manifest is not None
+        knobs = {knob.name: knob for knob in sight.manifest.knobs}
+        if sight.valve is not None:
+            knobs.setdefault(VALVE_KNOB.name, VALVE_KNOB)
+        finished = sight.record.get("finished_total") if sight.record is not None else None
+        return Context(
+            now_ns=sight.at_ns,
+            knobs=knobs,
+            values=self.actuator.values_in_force(sight),
+            slo=self.slo,
+            armed=sight.age_s >= self.arm.after and (finished or 0) >= self.arm.finished,
+            off=off,
+            overrides=self.orders.in_force(sight.at_ns),
+        )
+
+    def _publish(self, tick: Tick, readings: dict[Key, Reading | Missing]) -> Tick:
+        self.board.hang(tick, readings)
+        return tick
+
+
+async def fly(pilot: Pilot, clock: Clock, stopping: Callable[[], bool]) -> None:
+    """Tick on monotonic deadlines until `stopping`, then withdraw. Missed ticks are counted, not replayed."""
+    deadline_ns = clock.monotonic_ns()
+    failed: str | None = None
+    board = pilot.board
+    while not stopping():
+        began_ns = clock.monotonic_ns()
+        board.lateness.observe((began_ns - deadline_ns) / NS)
+        try:
+            pilot.tick()
+            failed = None
+        except Exception as error:
+            # A defect of ours must not end the pilot, and must not act: nothing was renewed in this tick.
+            board.failures += 1
+            if failed != str(error):
+                _log.exception("a tick failed; leases are not renewed while this lasts")
+            failed = str(error)
+        ended_ns = clock.monotonic_ns()
+        board.durations.observe((ended_ns - began_ns) / NS)
+        deadline_ns += TICK_NS
+        missed = max(0, ended_ns - deadline_ns) // TICK_NS
+        board.missed += missed
+        deadline_ns += missed * TICK_NS
+        await clock.sleep_until(deadline_ns)
+    pilot.withdraw()

@@ -1,0 +1,1 @@
+"""What the outside sees of the pilot: the last tick, described for status, metrics and terminals."""

@@ -1,0 +1,86 @@
+"""The status for a terminal: from the same plain data that `/status` gives."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def render(status: Mapping[str, Any]) -> RenderableType:
+    """Engine, knobs, rules, signals and the newest decisions, top to bottom."""
+    return Group(_headline(status), _knobs(status), _rules(status), _signals(status), _decisions(status))
+
+
+def _headline(status: Mapping[str, Any]) -> Text:
+    engine, pilot = status["engine"], status["pilot"]
+    line = Text(f"{engine['name']}: {engine['state']}", style="bold")
+    if engine.get("waiting_for"):
+        line.append(f", {engine['waiting_for']}")
+    if engine.get("model"):
+        line.append(f"  {engine['kind']} {engine['version']}, {engine['model']}", style="dim")
+    if pilot["off"]:
+        line.append(f"  OFF: {pilot['off']['why']} ({pilot['off']['who']})", style="bold red")
+    elif not pilot["armed"]:
+        line.append("  not armed: rules run shadowed", style="yellow")
+    for order in status["overrides"]:
+        line.append(
+            f"\noverride {order['knob']} {order['scope']} = {order['value']:g} for {order['left_s']:.0f} s:"
+            f" {order['why']} ({order['who']})",
+            style="yellow",
+        )
+    return line
+
+
+def _knobs(status: Mapping[str, Any]) -> Table:
+    table = Table("knob", "in force", "baseline", "lease", "by", title="Knobs", title_justify="left")
+    for name, knob in status["knobs"].items():
+        held = [lease for lease in status["leases"] if lease["knob"] == name]
+        leases = ", ".join(
+            f"{lease['value']:g}{'' if lease['scope'] == 'all' else ' ' + lease['scope']}"
+            f"{'' if lease['confirmed'] else ' (unconfirmed)'}"
+            for lease in held
+        )
+        by = ", ".join(f"{lease['policy']}/{lease['rule']}" for lease in held)
+        table.add_row(name, _number(knob["value"]), _number(knob["baseline"]), leases, by)
+    return table
+
+
+def _rules(status: Mapping[str, Any]) -> Table:
+    table = Table("policy", "rule", "state", "since", "claims", title="Rules", title_justify="left")
+    for rule in status["rules"]:
+        claims = ", ".join(
+            f"{claim['knob']} {claim['value']:g}"
+            + (f" (overruled by {claim['overruled_by']})" if claim["overruled_by"] else "")
+            for claim in rule["claims"]
+        )
+        state = rule["state"] + (" (shadow)" if rule["shadow"] else "")
+        table.add_row(rule["policy"], rule["rule"], state, f"{rule['for_s']:.1f} s", claims)
+    return table
+
+
+def _signals(status: Mapping[str, Any]) -> Table:
+    table = Table("signal", "value", "unit", "as", title="Signals", title_justify="left")
+    for name, signal in status["signals"].items():
+        window = f" {signal['window_s']:g}s" if "window_s" in signal else ""
+        value = _number(signal["value"]) if "value" in signal else f"[dim]{signal['missing']}[/dim]"
+        table.add_row(name, value, signal["unit"], signal["agg"] + window)
+    return table
+
+
+def _decisions(status: Mapping[str, Any]) -> Table:
+    table = Table(
+        "#", "rule", "knob", "change", "verdict", "why", title="Newest decisions", title_justify="left"
+    )
+    for row in status["decisions"][:10]:
+        change = f"{_number(row['before'])} -> {_number(row['after'])}"
+        rule = f"{row['policy']}/{row['rule']}"
+        table.add_row(str(row["number"]), rule, row["knob"], change, row["verdict"], Text(row["reason"]))
+    return table
+
+
+def _number(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.4g}"
