@@ -483,3 +483,16 @@ def test_what_an_order_or_rule_may_hold_is_on_the_engines_grid() -> None:
     assert outcome.leases[0].value == 4096
     unknown = Override("max_running", ALL, 1, 10**12, "", "ada")
     assert flight.fly(1, overrides=(unknown,)).leases == ()
+
+
+def test_a_limit_is_exempt_from_the_policys_limits() -> None:
+    rule = """
+    - name: fit
+      protective: always
+      when: load > 10
+      cooldown: 100ms
+      do: [{knob: prefill_chunk_tokens, multiply: 0.5}]
+"""
+    flight = Flight([policy(rule, spec="priority: 1000\n  limits: {maxChanges: 1, per: 60s}")])
+    flight.fly(20, 3)
+    assert flight.held() == 128

@@ -78,6 +78,12 @@ def test_steps_round_to_the_protective_side_up(wish: float, value: float) -> Non
     assert place(wish, action(knob, 0, 1, 0.05), knob).value == pytest.approx(value)
 
 
+def test_a_few_ulps_below_a_multiple_is_that_multiple() -> None:
+    """0.3 / 0.1 is 2.9999999999999996: not 2."""
+    knob = ManifestKnob("admission_watermark", "ratio", 0.1, 1, 1, 0.01, "")
+    assert place(0.3, action(knob, 0.1, 1, 0.1), knob).value == pytest.approx(0.3)
+
+
 def test_the_engines_limits_win_where_they_do_not_meet_the_rules() -> None:
     knob = ManifestKnob("prefill_chunk_tokens", "tokens", 512, 4096, 2048, 16, "")
     assert place(100, action(knob, 32, 256), knob) == (512, True)
