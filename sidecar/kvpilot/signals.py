@@ -33,7 +33,17 @@ class Missing:
     age_s: float | None = None
 
 
-REASONS = ("no_samples", "too_few_samples", "too_old", "restarted", "reset", "not_provided", "not_finite", "eval_error")
+REASONS = (
+    "no_samples",
+    "too_few_samples",
+    "too_old",
+    "restarted",
+    "reset",
+    "not_provided",
+    "not_finite",
+    "eval_error",
+)
+"""`eval_error`: an expression over signals gave no value; every other reason is a signal's own."""
 
 
 @dataclass(frozen=True, slots=True)
