@@ -13,13 +13,14 @@ raised.
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import ParamSpec
 
 from kvpilot.clock import NS, Clock, SystemClock
 from kvpilot.knobs import KNOBS
-from kvpilot.link.controls import Lease, LeaseBook
-from kvpilot.link.fields import HOOK_FIELDS, KNOB_PREFIX, STEP_FIELDS, knob_field
+from kvpilot.link.controls import LeaseBook
+from kvpilot.link.fields import HOOK_FIELDS, KNOB_PREFIX, STEP_FIELDS, Field, knob_field
 from kvpilot.link.files import WritablePage, open_telemetry
 from kvpilot.link.following import ControlsFile
 from kvpilot.link.histogram import HistogramWriter
@@ -40,17 +41,31 @@ _FRACTIONAL_UNITS = ("ratio", "seconds")
 
 def with_hook_fields(manifest: Manifest) -> Manifest:
     """`manifest` with the fields that the hook fills by itself at the end of the record."""
-    engine = [f for f in manifest.fields if f.name not in HOOK_FIELDS and not f.name.startswith(KNOB_PREFIX)]
+    engine = [field for field in manifest.fields if not _is_hooks(field)]
     own = [STEP_FIELDS[name] for name in HOOK_FIELDS]
     echoes = [knob_field(knob.name, knob.unit) for knob in manifest.knobs]
     return replace(manifest, fields=(*engine, *own, *echoes))
+
+
+def _is_hooks(field: Field) -> bool:
+    return field.name in HOOK_FIELDS or field.name.startswith(KNOB_PREFIX)
 
 
 def value_in_force(knob: ManifestKnob, wish: float) -> float:
     """`wish` within this knob's limits and on its grid; a whole number where the unit is a count."""
     floor = KNOBS[knob.name].plausible[0] if knob.name in KNOBS else knob.minimum
     value = max(knob.snap(wish), floor)
+    return _as_counted(knob, value)
+
+
+def _as_counted(knob: ManifestKnob, value: float) -> float:
     return value if knob.unit in _FRACTIONAL_UNITS else round(value)
+
+
+def _warn(message: str, *args: object, exc_info: bool = False) -> None:
+    """Log; a handler that fails must not reach the engine either."""
+    with suppress(Exception):
+        log.warning(message, *args, exc_info=exc_info)
 
 
 class StepHook:
@@ -67,7 +82,7 @@ class StepHook:
         controls_file: ControlsFile | None = None,
     ) -> None:
         self._knobs = {knob.name: knob for knob in manifest.knobs}
-        self.baselines: Values = {name: value_in_force(k, k.baseline) for name, k in self._knobs.items()}
+        self.baselines: Values = {knob.name: _as_counted(knob, knob.baseline) for knob in manifest.knobs}
         self._telemetry = telemetry
         self._read_controls = read_controls
         self._page = page
@@ -75,12 +90,13 @@ class StepHook:
         self.enabled = telemetry is not None
         self.failures = 0
         """Exceptions of our own kept from the engine: 0 or 1, since the first one disables the hook."""
-        self._book = LeaseBook(telemetry.nonce if telemetry else 1)
+        self._book = LeaseBook(telemetry.nonce) if telemetry else None
         self._warned: str | None = None
         self._invalid = 0
-        self._set_values(dict(self.baselines))
-        names = [f.name for f in with_hook_fields(manifest).fields]
-        self._duration = names.index("duration_ns") if "duration_ns" in names else None
+        self._values = self.baselines
+        self._echo = (0, 0, *self.baselines.values())
+        engines = [f.name for f in manifest.fields if not _is_hooks(f)]
+        self._duration = engines.index("duration_ns") if "duration_ns" in engines else None
         self._set_recorders()
         levels = range(max(1, min(len(manifest.classes), MAX_CLASSES)))
         used = (self.itl, self.ttft, self.queue_wait)
@@ -105,30 +121,38 @@ class StepHook:
             place = LinkPlace.from_environ(environ)
             if place is None:
                 return cls(manifest)
-            telemetry, page = open_telemetry(
-                place, manifest.rank, with_hook_fields(manifest), clock or SystemClock()
-            )
-            file = ControlsFile(place.controls_directory(manifest.rank) / ENGINE_CONTROLS, place.uids)
-            return cls(manifest, telemetry, file.read, page, file)
+            return cls._opened(place, manifest, clock or SystemClock())
         except LinkError as error:
-            log.warning("running without telemetry: %s", error)
+            _warn("running without telemetry: %s", error)
         except Exception:
-            log.warning("running without telemetry: a failure inside kvpilot", exc_info=True)
+            _warn("running without telemetry: a failure inside kvpilot", exc_info=True)
         return cls(manifest)
+
+    @classmethod
+    def _opened(cls, place: LinkPlace, manifest: Manifest, clock: Clock) -> "StepHook":
+        file = ControlsFile(place.controls_directory(manifest.rank) / ENGINE_CONTROLS, place.uids)
+        telemetry, page = open_telemetry(place, manifest.rank, with_hook_fields(manifest), clock)
+        try:
+            return cls(manifest, telemetry, file.read, page, file)
+        except BaseException:
+            # A page that stays locked would tell readers of an engine that lives and never steps.
+            telemetry.close()
+            page.close()
+            raise
 
     def begin_step(self, now_ns: int) -> Values:
         """Values in force for the step that begins at `now_ns` (any monotonic clock, always the same one)."""
-        if not self.enabled:
+        book = self._book
+        if book is None:
             return self.baselines
         try:
             page = self._read_controls(now_ns) if self._read_controls else None
-            book = self._book
             changed = page is not None and book.observe(page, now_ns)
             expiry_ns = book.next_expiry_ns
             if changed or (expiry_ns is not None and now_ns >= expiry_ns):
-                self._apply(book.in_force(now_ns))
+                self._apply(book, now_ns)
             if page is None or book.error:
-                self._warn_once()
+                self._warn_once(book.error)
             return self._values
         except Exception:
             self._disable()
@@ -136,7 +160,8 @@ class StepHook:
 
     def end_step(self, values: Sequence[float]) -> None:
         """Write the step's record: values of the manifest's fields, in order, without the hook's own."""
-        if not self.enabled or self._telemetry is None:
+        telemetry = self._telemetry
+        if telemetry is None:
             return
         try:
             # A record without a duration tells what moved between steps: it is no step.
@@ -145,7 +170,7 @@ class StepHook:
             for histogram in self._flushed:
                 if histogram.pending:
                     histogram.flush()
-            self._telemetry.write_step(values, self._echo)
+            telemetry.write_step(values, self._echo)
         except Exception:
             self._disable()
 
@@ -171,7 +196,7 @@ class StepHook:
 
     def next_expiry_ns(self) -> int | None:
         """When the first lease in force runs out: an engine whose work cannot run wakes then."""
-        return self._book.next_expiry_ns if self.enabled else None
+        return self._book.next_expiry_ns if self._book else None
 
     def close(self) -> None:
         """Give up page and lock; baselines from here on. The page stays for the flight recorder."""
@@ -181,24 +206,19 @@ class StepHook:
                 histogram.flush()
             self._release()
         except Exception:
-            log.warning("closing the telemetry page failed", exc_info=True)
+            _warn("closing the telemetry page failed", exc_info=True)
 
-    def _apply(self, leases: list[Lease]) -> None:
+    def _apply(self, book: LeaseBook, now_ns: int) -> None:
+        """Leases in force become values in force."""
         values = dict(self.baselines)
-        invalid = 0
-        for lease in leases:
+        for lease in book.in_force(now_ns):
             knob = self._knobs.get(lease.knob)
             if knob is None or lease.scope.kind != "all":
-                invalid += 1
+                self._invalid += 1
             else:
                 values[lease.knob] = value_in_force(knob, lease.value)
-        self._invalid += invalid
-        self._set_values(values)
-
-    def _set_values(self, values: dict[str, float]) -> None:
-        self._values: Values = values
-        ignored = self._book.ignored.total() + self._invalid
-        self._echo = (self._book.sequence, ignored, *values.values())
+        self._values = values
+        self._echo = (book.sequence, book.ignored.total() + self._invalid, *values.values())
 
     def _guarded(self, call: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> None:
         if not self.enabled:
@@ -208,28 +228,28 @@ class StepHook:
         except Exception:
             self._disable()
 
-    def _warn_once(self) -> None:
+    def _warn_once(self, problem: str | None) -> None:
         """Say it when controls become unreadable, once for each reason."""
-        problem = (self._controls_file.error if self._controls_file else None) or self._book.error
+        problem = (self._controls_file.error if self._controls_file else None) or problem
         if problem and problem != self._warned:
             self._warned = problem
-            log.warning("controls not obeyed: %s", problem)
+            _warn("controls not obeyed: %s", problem)
 
     def _disable(self) -> None:
         """Called while handling an exception of ours: baseline returns, the engine never notices."""
         self.enabled = False
         self.failures += 1
-        log.warning("the step hook failed and is disabled; baselines are in force", exc_info=True)
+        _warn("the step hook failed and is disabled; baselines are in force", exc_info=True)
         try:
             self._release()
         except Exception:
-            log.warning("closing the telemetry page failed", exc_info=True)
+            _warn("closing the telemetry page failed", exc_info=True)
 
     def _release(self) -> None:
         for histogram in self._flushed:
             histogram.disable()
         telemetry, page, file = self._telemetry, self._page, self._controls_file
-        self._telemetry = self._read_controls = self._page = self._controls_file = None
+        self._book = self._telemetry = self._read_controls = self._page = self._controls_file = None
         if telemetry is not None:
             telemetry.close()
         if page is not None:

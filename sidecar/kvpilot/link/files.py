@@ -46,6 +46,16 @@ class WritablePage:
         os.close(self._fd)
         os.close(self._directory)
 
+    def discard(self) -> None:
+        """Give up a page that got no name, whatever still looks at it."""
+        with suppress(BufferError):
+            self.buffer.close()
+        locks.forget(self._fd)
+        os.close(self._fd)
+        with suppress(OSError):
+            os.unlink(_unnamed(self.path.name), dir_fd=self._directory)
+        os.close(self._directory)
+
 
 def open_telemetry(
     place: LinkPlace, rank: int, manifest: Manifest, clock: Clock
@@ -54,8 +64,12 @@ def open_telemetry(
     nonce = new_nonce()
     page_bytes = plan_page(manifest).page_bytes
     page = create_page(place.telemetry_directory(rank), "telemetry", nonce, page_bytes, place.uids)
-    writer = TelemetryWriter(page.buffer, manifest, nonce=nonce, identity=this_process(clock))
-    page.publish()
+    try:
+        writer = TelemetryWriter(page.buffer, manifest, nonce=nonce, identity=this_process(clock))
+        page.publish()
+    except BaseException:
+        page.discard()
+        raise
     return writer, page
 
 
