@@ -1,7 +1,7 @@
 """Device memory on CUDA: the device keeps the account itself, and refuses for real.
 
-Bounded by torch's per-process fraction. The same calls as `kvengine.memory.DeviceMemory`; what that one charges
-before an allocation, the device here accounts for in the allocation.
+Bounded by torch's per-process fraction. The same calls as `kvengine.memory.DeviceMemory`; what that one
+charges before an allocation, the device here accounts for in the allocation.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class CudaMemory:
         _free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         if not 0 < limit_bytes <= total_bytes:
             raise ConfigError(
-                f"memory of {limit_bytes / MIB:.0f} MiB: {device} has {total_bytes / MIB:.0f} MiB; ask for less"
+                f"memory={limit_bytes / MIB:.0f} MiB: {device} has {total_bytes / MIB:.0f} MiB; ask for less"
             )
         torch.cuda.set_per_process_memory_fraction(limit_bytes / total_bytes, device)
         self.limit_bytes = limit_bytes

@@ -11,7 +11,7 @@ import torch
 from kvkernels.scratch import Scratch
 from torch import Tensor
 
-from kvengine.errors import DeviceOutOfMemory
+from kvengine.errors import DeviceOutOfMemory, StartError
 from kvengine.executor import emission
 from kvengine.executor.cuda_memory import CudaMemory
 from kvengine.kv.plan import StepSize
@@ -38,6 +38,11 @@ class EagerExecutor:
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> None:
+        if draft and draft.max_tokens < target.max_tokens:
+            raise StartError(
+                f"the draft model reaches {draft.max_tokens} positions, the target {target.max_tokens}: "
+                "lower --max-model-len or use --draft none"
+            )
         device = torch.device(device)
         self._target, self._draft, self._memory = target, draft, memory
         self.footprint = Footprint(

@@ -29,6 +29,10 @@ _SINGLE = "model.safetensors"
 _READABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
+class _BadTensor(StartError):
+    """A tensor that is there, but not as the configuration says."""
+
+
 @dataclass(slots=True)
 class LayerWeights:
     """Matrices are [in, out], fp32."""
@@ -58,7 +62,10 @@ def load(directory: Path, config: ModelConfig, device: torch.device | str = "cpu
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise StartError(f"{directory}: tensor {missing[0]} is missing{more}; the download may be incomplete")
-    return pack(_Reader(directory, files, device), config)
+    try:
+        return pack(_Reader(directory, files, device), config)
+    except _BadTensor as error:
+        raise StartError(f"{directory}: {error}") from error
 
 
 def pack(tensors: Mapping[str, Tensor], config: ModelConfig) -> LlamaWeights:
@@ -113,9 +120,9 @@ def _names(config: ModelConfig) -> Iterable[str]:
 def _shaped(tensors: Mapping[str, Tensor], name: str, *shape: int) -> Tensor:
     tensor = tensors[name]
     if tuple(tensor.shape) != shape:
-        raise StartError(f"tensor {name} is {list(tensor.shape)}, config.json says {list(shape)}")
+        raise _BadTensor(f"tensor {name} is {list(tensor.shape)}, config.json says {list(shape)}")
     if tensor.dtype not in _READABLE:
-        raise StartError(f"tensor {name} is {tensor.dtype}; this engine reads fp16, bf16 and fp32 weights")
+        raise _BadTensor(f"tensor {name} is {tensor.dtype}; this engine reads fp16, bf16 and fp32 weights")
     return tensor.float()
 
 

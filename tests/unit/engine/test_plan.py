@@ -1,0 +1,95 @@
+"""What a device's memory is divided into: exact arithmetic."""
+
+import pytest
+from kvengine.errors import ConfigError, StartError
+from kvengine.kv.plan import StepMemory, StepSize, plan
+
+GB = 10**9
+MB = 10**6
+
+
+def test_the_source_s_example_exactly() -> None:
+    """80 GB device, 14 GB weights, 50 GB KV at 0.5 MB a token: 100,000 tokens, 8 MB a block, 6,250 blocks."""
+    division = plan(
+        memory_bytes=80 * GB,
+        resident_bytes=14 * GB,
+        kv_bytes_per_token=MB // 2,
+        block_size=16,
+        worst_step_bytes=16 * GB,
+    )
+    assert division.kv_bytes == 50 * GB
+    assert division.kv_tokens == 100_000
+    assert division.block_bytes == 8 * MB
+    assert division.blocks == 6_250
+    assert division.headroom_bytes == 16 * GB
+    assert not division.oversubscribed
+
+
+def test_kv_fraction_is_a_share_of_the_device() -> None:
+    by_fraction = plan(
+        memory_bytes=80 * GB,
+        resident_bytes=14 * GB,
+        kv_bytes_per_token=MB // 2,
+        block_size=16,
+        worst_step_bytes=16 * GB,
+        kv_fraction=0.625,
+    )
+    assert by_fraction.blocks == 6_250
+
+
+def test_default_leaves_room_for_the_worst_step() -> None:
+    division = plan(
+        memory_bytes=1_000_000,
+        resident_bytes=100_001,
+        kv_bytes_per_token=100,
+        block_size=16,
+        worst_step_bytes=250_000,
+    )
+    assert division.headroom_bytes >= 250_000
+    assert division.headroom_bytes - 250_000 < division.block_bytes
+    assert not division.oversubscribed
+
+
+def test_an_operator_can_oversubscribe() -> None:
+    division = plan(
+        memory_bytes=1_000_000,
+        resident_bytes=100_000,
+        kv_bytes_per_token=100,
+        block_size=16,
+        worst_step_bytes=250_000,
+        kv_fraction=0.85,
+    )
+    assert division.oversubscribed
+    assert 0 <= division.headroom_bytes < 250_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"kv_fraction": 1.0}, ConfigError, "kv_fraction=1.0"),
+        ({"kv_fraction": 0.0}, ConfigError, "kv_fraction=0.0"),
+        ({"kv_fraction": 0.95}, ConfigError, "lower the fraction"),
+        ({"kv_fraction": 0.001}, StartError, "no KV block"),
+        ({"worst_step_bytes": 900_000}, StartError, "lower the step's tokens"),
+        ({"resident_bytes": 2_000_000}, StartError, "raise the memory"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_line(changes: dict, error: type[Exception], says: str) -> None:
+    settings = {
+        "memory_bytes": 1_000_000,
+        "resident_bytes": 100_000,
+        "kv_bytes_per_token": 100,
+        "block_size": 16,
+        "worst_step_bytes": 250_000,
+    }
+    with pytest.raises(error, match=says) as raised:
+        plan(**{**settings, **changes})
+    assert "\n" not in str(raised.value)
+
+
+def test_step_bytes_are_linear_in_the_step() -> None:
+    memory = StepMemory(
+        token_bytes=100, logits_row_bytes=1000, drawn_row_bytes=5000, context_token_bytes=7, fixed_bytes=3
+    )
+    assert memory.step_bytes(StepSize(0, 0, 0, 0)) == 3
+    assert memory.step_bytes(StepSize(10, 2, 1, 4)) == 3 + 1000 + 2000 + 5000 + 28
