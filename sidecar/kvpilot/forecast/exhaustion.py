@@ -56,7 +56,7 @@ class KvExhaustion:
         """Time until nothing of `available_blocks` is left; infinite while they do not fall."""
         if available_blocks <= 0:
             return 0.0
-        samples = self._samples
+        samples = list(self._samples)
         if len(samples) < LEAST_SAMPLES or samples[-1][0] - samples[0][0] < LEAST_SPAN_S * NS:
             return Missing("too_few_samples")
         blocks_per_s = theil_sen(samples)

@@ -8,7 +8,6 @@ takes them, the newest are dropped and counted.
 import contextlib
 import logging
 import queue
-import sqlite3
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -78,7 +77,7 @@ class JournalWriter:
     def _attempt(self, write: Callable[[], None], rows: int) -> None:
         try:
             write()
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # Whatever it is: the thread must live for the rows that follow.
             self.lost += rows
             if not self._failing:
                 self._failing = True
