@@ -81,13 +81,18 @@ class Rig:
     def lease(self, value: float, scope: Scope = Scope("all"), ttl_s: float = 2.0) -> None:  # noqa: B008
         """Renew a shed lease twice, a poll apart, as a live pilot does."""
         for _ in range(2):
-            self._renewal += 1
-            lease = Lease("shed_fraction", scope, value, round(ttl_s * NS), self._renewal, 17)
-            self._writer.write([lease])
-            self.controls.write_bytes(self._page)
-            self.controls.chmod(0o640)
+            self.renew(Lease("shed_fraction", scope, value, round(ttl_s * NS), self.next_renewal(), 17))
             self.clock.advance(1.1)
             self.valve._poll(self.clock.monotonic_ns())
+
+    def next_renewal(self) -> int:
+        self._renewal += 1
+        return self._renewal
+
+    def renew(self, lease: Lease) -> None:
+        self._writer.write([lease])
+        self.controls.write_bytes(self._page)
+        self.controls.chmod(0o640)
 
     def read(self) -> ValveSnapshot:
         """What a pilot would read from the page's file now."""
@@ -423,14 +428,13 @@ class TestLifespan:
             life = asyncio.create_task(rig.valve({"type": "lifespan"}, receive, send))
             # The virtual clock runs ahead with the watch alone; the pilot renews every half second, ttl 2 s.
             renewed_ns = 0
-            while rig.clock.monotonic_ns() < 20 * NS:
+            for _ in range(10_000):
                 await asyncio.sleep(0)
                 if rig.clock.monotonic_ns() - renewed_ns > NS // 2:
                     renewed_ns = rig.clock.monotonic_ns()
-                    rig._renewal += 1
-                    rig._writer.write([Lease("shed_fraction", Scope("all"), 1.0, 2 * NS, rig._renewal, 17)])
-                    rig.controls.write_bytes(rig._page)
-                    rig.controls.chmod(0o640)
+                    rig.renew(Lease("shed_fraction", Scope("all"), 1.0, 2 * NS, rig.next_renewal(), 17))
+                if rig.clock.monotonic_ns() > 20 * NS:
+                    break
             start, _ = await ask(rig.valve, scope())
             life.cancel()
             await asyncio.wait([life])

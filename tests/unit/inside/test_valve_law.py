@@ -23,11 +23,15 @@ class Pilot:
     def __init__(self) -> None:
         self.page = bytearray(CONTROLS_BYTES)
         self._writer = ControlsWriter(self.page, Identity("pilot", "", 0, 0))
-        self._renewal = 0
+        self.renewal = 0
 
     def write(self, *wishes: tuple[Scope, float], ttl_ns: int = TTL_NS, knob: str = SHED_FRACTION) -> bytes:
-        self._renewal += 1
-        leases = [Lease(knob, scope, value, ttl_ns, self._renewal, 17) for scope, value in wishes]
+        self.renewal += 1
+        return self.write_leases(
+            *(Lease(knob, scope, value, ttl_ns, self.renewal, 17) for scope, value in wishes)
+        )
+
+    def write_leases(self, *leases: Lease) -> bytes:
         self._writer.write(leases)
         return bytes(self.page)
 
@@ -169,6 +173,20 @@ class TestLapse:
         law, pilot = shedding((ALL, 1.0))
         law.observe(pilot.write(), NS + NS // 10)
         assert law.fraction(0, "", NS + NS // 10) == 0.0
+
+    def test_a_lease_that_is_listed_but_not_renewed_lapses_beside_one_that_is(self) -> None:
+        law, pilot = shedding((Scope("tenant", "acme"), 1.0), (Scope("tenant", "globex"), 1.0))
+        stale = Lease(SHED_FRACTION, Scope("tenant", "acme"), 1.0, TTL_NS, pilot.renewal, 17)
+        for tenth in range(1, 71):
+            fresh = Lease(SHED_FRACTION, Scope("tenant", "globex"), 1.0, TTL_NS, 100 + tenth, 17)
+            law.observe(pilot.write_leases(stale, fresh), NS + tenth * NS // 10)
+        assert law.fraction(0, "globex", 8 * NS) == 1.0
+        assert law.fraction(0, "acme", 8 * NS) == pytest.approx(0.5)
+
+    def test_a_restarted_pilots_first_table_does_not_throw_a_lapsed_lease_open(self) -> None:
+        law, pilot = shedding((ALL, 1.0))
+        law.observe(pilot.write(), NS + TTL_NS + 2 * NS)
+        assert law.fraction(0, "", NS + TTL_NS + 2 * NS) == pytest.approx(0.8)
 
     def test_a_smaller_fraction_holds_at_once(self) -> None:
         law, pilot = shedding((ALL, 1.0))
