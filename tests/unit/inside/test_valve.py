@@ -59,9 +59,9 @@ class Engine:
 class Rig:
     """A valve with real link files and a pilot's hand on its controls."""
 
-    def __init__(self, folder: Path, clock: Any = None) -> None:
-        callers = folder / "callers.json"
-        callers.write_text(json.dumps(CALLERS))
+    def __init__(self, folder: Path, clock: Any = None, callers: Any = CALLERS) -> None:
+        callers_file = folder / "callers.json"
+        callers_file.write_text(json.dumps(callers))
         for name in ("telemetry", "controls", "controls/demo"):
             (folder / name).mkdir()
         self.controls = folder / "controls/demo/valve.kvp"
@@ -69,7 +69,7 @@ class Rig:
             "KVPILOT_TELEMETRY": str(folder / "telemetry"),
             "KVPILOT_CONTROLS": str(folder / "controls"),
             "KVPILOT_ENGINE": "demo",
-            "KVPILOT_CALLERS": str(callers),
+            "KVPILOT_CALLERS": str(callers_file),
         }
         self.clock = clock or VirtualClock(start_ns=NS)
         self.engine = Engine()
@@ -391,6 +391,13 @@ class TestCannotBeBroken:
         assert [r.message for r in caplog.records if says in r.message]
         assert len(caplog.records) == 1
         valve.close()
+
+    def test_a_bad_callers_file_is_seen_in_the_page(self, tmp_path: Path) -> None:
+        rig = Rig(tmp_path, callers={"classes": {}})
+        assert not rig.valve.enabled
+        assert rig.read().failures == 1
+        assert answer(rig.valve, scope())[0] == 200
+        rig.valve.close()
 
 
 class TestLifespan:
