@@ -88,5 +88,3 @@ class Channel:
             if not data:
                 return True
             self._inbox += data
-            if len(data) < _READ_BYTES:
-                return False

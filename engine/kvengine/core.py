@@ -154,13 +154,11 @@ class Core:
             self._finish(request)
 
     def _cut(self, request: Request, tokens: list[int]) -> tuple[list[int], str | None]:
-        """Speculation may run past the end: drop what comes after the end token or after the last one."""
+        """What to emit, and why it ends there. Drafts may run past an end token, never past `max_tokens`."""
         if not request.sampling.ignore_eos and not self._eos.isdisjoint(tokens):
             end = next(index for index, token in enumerate(tokens) if token in self._eos) + 1
-            if end <= request.output_left:
-                return tokens[:end], "stop"
-        left = request.output_left
-        return (tokens[:left], "length") if len(tokens) >= left else (tokens, None)
+            return tokens[:end], "stop"
+        return tokens, "length" if len(tokens) == request.output_left else None
 
     def _fail(self, step: Step, status: int, message: str) -> None:
         step.ended_ns = self._clock.monotonic_ns()

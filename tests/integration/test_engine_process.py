@@ -1,4 +1,4 @@
-"""The engine as people run it: processes, the shipped model, the official client; and how it fails to start."""
+"""The engine as people run it: processes, the shipped model, the official client; how it fails to start."""
 
 import json
 import os
@@ -231,7 +231,7 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_unwritable_link_directories_mean_no_telemetry_and_one_warning(tmp_path: Path) -> None:
-    """It serves all the same. A file stands where a directory should be: not even root can write into that."""
+    """It serves all the same. A file stands where a directory should be: not even root can write there."""
     blocked = tmp_path / "file"
     blocked.write_text("")
     environ = {

@@ -79,11 +79,9 @@ class Scheduler:
         self._slices = []
         self._budget_left = knobs.step_token_budget
         self._prefill_left = knobs.prefill_chunk_tokens
-        preemptions = self.preemptions_total
         self._schedule_decodes(knobs.speculative_tokens)
         self._schedule_prompts()
-        if self.preemptions_total == preemptions:  # Or the one just sent back would return at once.
-            self._admit(knobs, now_ns)
+        self._admit(knobs, now_ns)
         self.budget_limited = self._budget_left == 0
         return Batch(self._slices)
 
@@ -157,19 +155,16 @@ class Scheduler:
         item.request.served_step = self._steps
 
     def _admit(self, knobs: Knobs, now_ns: int) -> None:
-        if not self.waiting or len(self.running) >= knobs.max_running:
-            return
-        in_use = self.pool.referenced + sum(self._outstanding(request) for request in self.running)
+        # Running prompts have had their turn: where they leave budget, they have all of their blocks (or there
+        # is no free one), so that blocks in use are all that is promised.
         while self.waiting and len(self.running) < knobs.max_running:
             if self._budget_left == 0 or self._prefill_left == 0:
                 return
-            request = self.waiting.head
-            need = blocks_for(len(request.tokens), self.block_size)
+            need = blocks_for(len(self.waiting.head.tokens), self.block_size)
             alone = not self.running
-            if not fits(need, in_use, self.pool.total, knobs.admission_watermark, alone):
+            if not fits(need, self.pool.referenced, self.pool.total, knobs.admission_watermark, alone):
                 self.kv_limited = True
                 return
-            in_use += need
             self._start(self.waiting.pop(), now_ns)
 
     def _start(self, request: Request, now_ns: int) -> None:
@@ -180,10 +175,6 @@ class Scheduler:
             self.admitted.append(request)
         insort(self.running, request, key=_rank)
         self._serve_chunk(request)
-
-    def _outstanding(self, request: Request) -> int:
-        """Blocks that a running prompt has been promised and not taken yet."""
-        return max(0, blocks_for(len(request.tokens), self.block_size) - len(request.blocks))
 
     def _make_room(self, request: Request) -> bool:
         """Preempt the last in rank; False if that is `request` itself, which then waits in place."""

@@ -197,8 +197,8 @@ def test_lowering_max_running_drains_and_never_preempts() -> None:
     assert len(engine.running) == 2
 
 
-def test_the_watermark_counts_blocks_promised_to_running_prompts() -> None:
-    """A chunked prompt's blocks are spoken for before they are allocated: nobody else is let in on them."""
+def test_nobody_is_let_in_on_blocks_that_a_running_prompt_still_needs() -> None:
+    """Whoever comes next waits until the prompt in progress has all of its blocks, and only then counts."""
     engine = scheduler(blocks=8)
     engine.add(request(1, prompt=24))
     engine.add(request(2, prompt=12))
