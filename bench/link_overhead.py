@@ -31,7 +31,7 @@ from kvpilot.clock import NS, SystemClock
 from kvpilot.demo.processes import free_port
 from kvpilot.inside.hook import StepHook
 from kvpilot.link.controls import Lease, Scope
-from kvpilot.link.fields import STEP_FIELDS
+from kvpilot.link.fields import HOOK_FIELDS, STEP_FIELDS
 from kvpilot.link.files import open_controls
 from kvpilot.link.manifest import Manifest, ManifestKnob
 from kvpilot.link.place import LinkPlace
@@ -48,7 +48,7 @@ KNOBS = (
     ManifestKnob("max_running", "requests", 1, 64, 64, 1, "drains"),
     ManifestKnob("admission_watermark", "ratio", 0.05, 1.0, 1.0, 0.01, "at admission"),
 )
-FIELDS = tuple(field for name, field in STEP_FIELDS.items() if name != "controls_sequence")
+FIELDS = tuple(field for name, field in STEP_FIELDS.items() if name not in HOOK_FIELDS)
 
 
 def link_environ(folder: Path) -> dict[str, str]:
@@ -77,7 +77,7 @@ def hook_us(batch: int, steps: int) -> list[float]:
         hook = StepHook.open(manifest(), environ=environ, clock=SystemClock())
         assert hook.enabled
         values = [float(i) if field.type == "f64" else i for i, field in enumerate(FIELDS)]
-        command = [sys.executable, __file__, "--renew"]
+        command = [sys.executable, str(HERE / "link_overhead.py"), "--renew"]
         with subprocess.Popen(command, env={**os.environ, **environ}) as renewing:
             costs = []
             for _ in range(steps):
@@ -119,7 +119,8 @@ def stand_in(crossings: int) -> None:
     high, since_ns, steps, hold = False, time.monotonic_ns(), 0, 0.4
     next_ns = time.monotonic_ns()
     print("ready", flush=True)
-    while len(reactions) < crossings:
+    # The first crossing waits for the pilot to start; it is not a reaction.
+    while len(reactions) < crossings + 1:
         next_ns += round(STEP_S * NS)
         time.sleep(max(0, next_ns - time.monotonic_ns()) / NS)
         now_ns = time.monotonic_ns()
@@ -135,7 +136,7 @@ def stand_in(crossings: int) -> None:
         values["running"] = 9 if high else 1
         values["finished_total"] = steps
         hook.end_step(list(values.values()))
-    print(json.dumps(reactions), flush=True)
+    print(json.dumps(reactions[1:]), flush=True)
     hook.close()
 
 
@@ -166,7 +167,7 @@ def reaction_ms(crossings: int) -> list[float]:
         environ = link_environ(folder)
         (folder / "policies").mkdir()
         (folder / "policies/reaction.yaml").write_text(REACTION_POLICY)
-        command = [sys.executable, __file__, "--stand-in", str(crossings)]
+        command = [sys.executable, str(HERE / "link_overhead.py"), "--stand-in", str(crossings)]
         with subprocess.Popen(
             command, env={**os.environ, **environ}, stdout=subprocess.PIPE, text=True
         ) as engine:
