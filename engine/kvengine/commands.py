@@ -1,0 +1,201 @@
+"""The `kvengine` command: check the settings, start the core, serve.
+
+Exit codes: 2 for settings that cannot work, 1 for an engine that cannot start; both with one line on stderr.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from kvpilot.clock import SystemClock
+from kvpilot.inside.callers import Callers, CallersError
+from kvpilot.inside.valve import Valve
+
+from kvengine.config import (
+    SHIPPED_DRAFT,
+    SHIPPED_NAME,
+    SHIPPED_TARGET,
+    EngineConfig,
+    parse_bytes,
+    parse_external,
+)
+from kvengine.errors import ConfigError, EngineError, StartError
+from kvengine.frontend import EngineClient
+from kvengine.model.config import ModelConfig
+from kvengine.model.tokenizer import Tokenizer, TokenizerError
+from kvengine.process import LOG_FORMAT, CoreProcess
+from kvengine.server import ServedModel, Server
+
+DRAIN_S = 10
+"""A stopping server lets requests in flight finish for this long."""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """A small LLM inference engine with finite memory."""
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory; the shipped model if not given.")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model directory, or none.")] = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    memory: Annotated[str, typer.Option(help="Device memory: weights, KV and steps.")] = "256MiB",
+    kv_fraction: Annotated[
+        float | None, typer.Option(help="Share of device memory for KV, instead of what is safe.")
+    ] = None,
+    external_memory: Annotated[
+        str | None, typer.Option(help="What a neighbour takes, and when: 64MiB@10s.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens in a KV block.")] = 16,
+    step_tokens: Annotated[int, typer.Option(help="Most tokens in a step.")] = 2048,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="Most prompt tokens in a step; all of it if not given.")
+    ] = None,
+    max_running: Annotated[int, typer.Option(help="Most requests that hold KV.")] = 64,
+    speculative_tokens: Annotated[int, typer.Option(help="Drafts a sequence and step; 0 is off.")] = 4,
+    watermark: Annotated[
+        float, typer.Option(help="Share of KV in use up to which requests are admitted.")
+    ] = 1.0,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and output.")] = None,
+    callers: Annotated[Path | None, typer.Option(help="Callers file: classes and keys.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads of the model.")] = 1,
+    name: Annotated[str | None, typer.Option(help="Model name that clients use.")] = None,
+) -> None:
+    """Serve a model over HTTP, OpenAI-compatible."""
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    _on_stop_signals(_leave)
+    try:
+        if callers is not None:
+            os.environ["KVPILOT_CALLERS"] = str(callers)
+        config = EngineConfig(
+            model=model or SHIPPED_TARGET,
+            draft=_draft(model, draft),
+            name=name or (model.resolve().name if model else SHIPPED_NAME),
+            memory_bytes=parse_bytes(memory),
+            kv_fraction=kv_fraction,
+            external=parse_external(external_memory) if external_memory else None,
+            block_size=block_size,
+            step_token_budget=step_tokens,
+            prefill_chunk_tokens=step_tokens if prefill_chunk is None else prefill_chunk,
+            max_running=max_running,
+            speculative_tokens=speculative_tokens,
+            admission_watermark=watermark,
+            max_model_len=max_model_len,
+            threads=threads,
+            classes=Callers.load(os.environ.get("KVPILOT_CALLERS")).classes,
+        )
+        _serve(config, host, port)
+    except (ConfigError, CallersError) as error:
+        _give_up(error, 2)
+    except (EngineError, TokenizerError) as error:
+        _give_up(error, 1)
+
+
+def _draft(model: Path | None, draft: str | None) -> Path | None:
+    """The shipped draft goes with the shipped model only."""
+    if draft is None:
+        return SHIPPED_DRAFT if model is None else None
+    return None if draft == "none" else Path(draft)
+
+
+def _serve(config: EngineConfig, host: str, port: int) -> None:
+    ModelConfig.load(config.model)
+    tokenizer = Tokenizer.load(config.model)
+    listener = _bind(host, port)
+    core = CoreProcess.start(config)
+    engine = EngineClient(core.channel)
+    try:
+        model = ServedModel(
+            config.name, core.facts["vocabulary"], core.facts["max_tokens"], len(config.classes)
+        )
+        server = Server(engine, tokenizer, model, SystemClock())
+        _listen(listener, host, port)
+        print(_ready_line(config, core.facts, *listener.getsockname()[:2]), flush=True)
+        asyncio.run(_run(server, engine, listener))
+    finally:
+        engine.close()
+        core.stop()
+
+
+async def _run(server: Server, engine: EngineClient, listener: socket.socket) -> None:
+    engine.attach()
+    settings = uvicorn.Config(
+        Valve(server.app()),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=DRAIN_S,
+        lifespan="on",
+    )
+    # The server drains on these signals and then raises them again; we are leaving by then anyway.
+    _on_stop_signals(signal.SIG_IGN)
+    await uvicorn.Server(settings).serve(sockets=[listener])
+    # The lifespan has reported its end and may still be tidying up behind it.
+    if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(rest, timeout=1)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port before the model is loaded; listen once it is."""
+    try:
+        family, kind, protocol, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise StartError(
+            f"cannot listen on {host}:{port}: {error}; choose another --host or --port"
+        ) from error
+    return listener
+
+
+def _listen(listener: socket.socket, host: str, port: int) -> None:
+    try:
+        listener.listen(2048)
+    except OSError as error:  # Somebody who had bound it too was faster.
+        raise StartError(f"cannot listen on {host}:{port}: {error}; choose another --port") from error
+
+
+def _ready_line(config: EngineConfig, facts: dict[str, Any], host: str, port: int) -> str:
+    plan = facts["plan"]
+    kv_bytes = plan["blocks"] * plan["block_bytes"]
+    left_bytes = plan["memory_bytes"] - plan["resident_bytes"] - kv_bytes
+    line = (
+        f"kvengine serves {config.name} on http://{host}:{port}: {_mib(plan['memory_bytes'])} of memory = "
+        f"{_mib(plan['resident_bytes'])} weights and buffers + {_mib(kv_bytes)} KV "
+        f"({plan['blocks']} blocks of {plan['block_size']} tokens) + {_mib(left_bytes)} for steps"
+    )
+    if facts["oversubscribed"]:
+        line += f"; OVERSUBSCRIBED: the largest step needs {_mib(plan['worst_step_bytes'])}"
+    return line
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB"
+
+
+def _on_stop_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _leave(_number: int, _frame: object) -> None:
+    """Asked to stop while starting."""
+    raise SystemExit(0)
+
+
+def _give_up(error: Exception, code: int) -> None:
+    print(f"kvengine: {error}", file=sys.stderr)
+    raise typer.Exit(code)
