@@ -42,12 +42,12 @@ class OperatingSocket:
 
     async def open(self) -> None:
         """Begin to listen. Raises SocketError."""
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Left by a pilot that was killed; a living one would hold the controls, and we would not be here.
             with suppress(FileNotFoundError):
                 self._path.unlink()
-            listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             # Never, not for a moment, a socket that others could open.
             before = os.umask(0o777 & ~MODE)
             try:
@@ -56,8 +56,10 @@ class OperatingSocket:
                 os.umask(before)
             self._server = await asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_LINE_BYTES)
         except OSError as error:
+            listening.close()
+            reason = error.strerror or error
             raise SocketError(
-                f"socket {self._path}: {error.strerror or error}: write `socket: FILE`"
+                f"socket {self._path}: {reason}: write another path as `socket: FILE`"
             ) from error
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A pilot, an engine and a valve in one virtual world: real pages in memory, real hook, real valve law, no files.
+"""A pilot, an engine and a valve in one virtual world: real pages in memory, real hook, no files.
 
 The engine here is a hook that a test steps by hand with whatever fields it likes.
 """

@@ -1,0 +1,146 @@
+"""The operating socket: who may, what it answers, and that rubbish does no harm."""
+
+import asyncio
+import getpass
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kvpilot.api.client import SocketError, ask
+from kvpilot.api.operate import OperatingSocket
+from kvpilot.flight import Flight
+from pilot_world import World, policy
+
+
+def socket_of(world: World, path: Path) -> OperatingSocket:
+    return OperatingSocket(Flight("lab", world.pilot, None, None, None), path)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def world() -> World:
+    world = World(policy())
+    world.start_engine()
+    world.ticks(1, waiting=11, running=1)
+    return world
+
+
+def answer(world: World, line: bytes | dict[str, Any]) -> dict[str, Any]:
+    raw = json.dumps(line).encode() if isinstance(line, dict) else line
+    return socket_of(world, Path("unused")).answer(raw, "kim")
+
+
+def over(**changes: Any) -> dict[str, Any]:
+    order = {"do": "override", "knob": "prefill_chunk_tokens", "value": 128, "for_s": 60, "why": "test"}
+    return {**order, **changes}
+
+
+def test_orders_are_obeyed_at_the_next_tick(world: World) -> None:
+    assert answer(world, over()) == {"ok": True}
+    world.tick()
+    assert world.knob("prefill_chunk_tokens") == 128
+    assert answer(world, {"do": "off", "why": "test"}) == {"ok": True}
+    world.tick()
+    assert world.knob("prefill_chunk_tokens") == 512
+    assert answer(world, {"do": "status"})["status"]["pilot"]["off"] == {"why": "test", "who": "kim"}
+    assert answer(world, {"do": "on"}) == {"ok": True}
+    world.tick()
+    assert world.knob("prefill_chunk_tokens") == 128
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b"rubbish\n", "not an order: "),
+        (b"[]\n", "an order is one JSON object a line"),
+        (b"\xff\n", "not an order: "),
+        (b"[" * 50_000, "not an order: "),
+        ({"do": "explode"}, "cannot do 'explode'"),
+        ({}, "cannot do None"),
+        (over(knob="max_running"), "this engine has no knob 'max_running'; it has prefill_chunk_tokens"),
+        (over(knob=7), "knob must be text"),
+        (over(value=9999), "prefill_chunk_tokens=9999: this engine takes 16 to 2048"),
+        (over(value="9"), "value must be a number"),
+        (over(value=True), "value must be a number"),
+        (over(for_s=None), "for_s must be a number"),
+        (over(why=""), "an override needs a reason"),
+        (over(why="x" * 2000), "why must be text of at most 1000"),
+        (over(scope="classAtMost=0"), "takes no scope"),
+        (over(scope="some"), "'some' is not a scope"),
+        ({"do": "off"}, "off needs a reason"),
+    ],
+)
+def test_an_order_that_cannot_be_followed_is_answered_in_one_line(
+    world: World, line: bytes | dict[str, Any], error: str
+) -> None:
+    found = answer(world, line)
+    assert found["ok"] is False
+    assert error in found["error"]
+    assert "\n" not in found["error"]
+    world.tick()
+    assert world.knob("prefill_chunk_tokens") == 64
+
+
+def test_the_socket_is_its_owners_alone_and_the_kernel_names_the_caller(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "pilot.sock"
+
+    async def run() -> None:
+        served = socket_of(world, path)
+        await served.open()
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        await asyncio.to_thread(ask, path, over())
+        with pytest.raises(SocketError, match="cannot do 'x'"):
+            await asyncio.to_thread(ask, path, {"do": "x"})
+        await served.close()
+
+    asyncio.run(run())
+    (order,) = world.pilot.orders.in_force(world.clock.monotonic_ns())
+    assert order.who == getpass.getuser()
+    assert not path.exists()
+    with pytest.raises(SocketError, match="no pilot listens on"):
+        ask(path, over())
+
+
+def test_several_lines_are_answered_in_order_and_an_endless_one_ends_the_call(
+    world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "pilot.sock"
+
+    async def run() -> list[bytes]:
+        served = socket_of(world, path)
+        await served.open()
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(b'{"do": "x"}\n{"do": "off", "why": "y"}\n' + b"z" * 200_000)
+        answers = [await reader.readline(), await reader.readline(), await reader.readline()]
+        writer.close()
+        # The call is over; the socket still serves others.
+        await asyncio.to_thread(ask, path, {"do": "status"})
+        await served.close()
+        return answers
+
+    first, second, third = asyncio.run(asyncio.wait_for(run(), 10))
+    assert json.loads(first)["ok"] is False
+    assert json.loads(second)["ok"] is True
+    assert third == b""
+
+
+def test_what_a_killed_pilot_left_is_replaced(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "pilot.sock"
+
+    async def run() -> None:
+        first, second = socket_of(world, path), socket_of(world, path)
+        await first.open()
+        await second.open()
+        await asyncio.to_thread(ask, path, {"do": "status"})
+        await second.close()
+        await first.close()
+
+    asyncio.run(run())
+
+
+def test_a_path_that_cannot_be_is_one_clear_line(world: World, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 200)
+    with pytest.raises(SocketError, match=r"write another path as `socket: FILE`"):
+        asyncio.run(socket_of(world, path).open())

@@ -1,0 +1,173 @@
+"""What the outside sees: metrics that parse and leave out what is missing, status, health; and that it only shows."""
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from kvpilot.alerts.outbox import Outbox
+from kvpilot.api.http import HttpError, build_app, listen
+from kvpilot.clock import NS
+from kvpilot.flight import Flight
+from kvpilot.journal.store import JournalStore
+from kvpilot.journal.writer import JournalWriter
+from kvpilot.policy_directory import PolicyDirectory
+from kvpilot.publish.prometheus import BUCKETS_S, metric_name
+from kvpilot.signals import SIGNALS
+from pilot_world import MemoryValve, World, policy
+from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+
+def flight(world: World, folder: Path) -> Flight:
+    return Flight(
+        "lab",
+        world.pilot,
+        PolicyDirectory(folder, ["batch"], world.clock),
+        Outbox({}, "http://pilot"),
+        JournalWriter(JournalStore(folder / "journal.sqlite")),
+    )
+
+
+def get(world: World, folder: Path, path: str, accept: str = "", method: str = "GET") -> httpx.Response:
+    async def ask() -> httpx.Response:
+        app = build_app(flight(world, folder), world.clock, CollectorRegistry())
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pilot") as client:
+            return await client.request(method, path, headers={"Accept": accept})
+
+    return asyncio.run(ask())
+
+
+def samples(world: World, folder: Path) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    text = get(world, folder, "/metrics").text
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in parse(text)
+        for sample in family.samples
+    }
+
+
+def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    return name, frozenset(labels.items())
+
+
+@pytest.fixture
+def flown() -> World:
+    world = World(policy())
+    world.start_engine()
+    valve = MemoryValve(world)
+    valve.writer.shed(0, "", 10)
+    assert world.hook is not None
+    for milliseconds in (4, 4, 40):
+        world.hook.itl[1].record(milliseconds * 1_000_000)
+    world.ticks(1, waiting=11, running=1, preemptions_total=7)
+    return world
+
+
+def test_metrics_show_signals_by_their_catalogue_names(flown: World, tmp_path: Path) -> None:
+    found = samples(flown, tmp_path)
+    assert found[key("kvpilot_preemptions_total", engine="lab")] == 7
+    assert found[key("kvpilot_kv_used_ratio", engine="lab")] == 0
+    assert found[key("kvpilot_shed_total", engine="lab", **{"class": "batch"})] == 1
+    itl = {"engine": "lab", "class": "interactive"}
+    assert found[key("kvpilot_inter_token_latency_seconds_count", **itl)] == 3
+    assert found[key("kvpilot_inter_token_latency_seconds_bucket", le="0.005", **itl)] == 2
+    assert found[key("kvpilot_inter_token_latency_seconds_sum", **itl)] == pytest.approx(0.048)
+
+
+def test_metrics_show_what_the_pilot_does(flown: World, tmp_path: Path) -> None:
+    found = samples(flown, tmp_path)
+    knob = {"engine": "lab", "knob": "prefill_chunk_tokens"}
+    assert found[key("kvpilot_knob_value", **knob)] == 64
+    assert found[key("kvpilot_knob_baseline", **knob)] == 512
+    assert found[key("kvpilot_lease_remaining_seconds", scope="all", **knob)] == 15
+    assert found[key("kvpilot_rule_state", policy="guard", rule="act", state="active")] == 1
+    assert found[key("kvpilot_engine_state", engine="lab", state="live")] == 1
+    decided = {"policy": "guard", "rule": "act", "knob": "prefill_chunk_tokens", "verdict": "applied"}
+    assert found[key("kvpilot_control_decisions_total", **decided)] == 1
+    assert found[key("kvpilot_control_ticks_total")] == 10
+
+
+def test_a_missing_signal_is_absent_and_never_zero(flown: World, tmp_path: Path) -> None:
+    names = {name for name, _ in samples(flown, tmp_path)}
+    absent = ("oom", "kv_shared_blocks", "spec_acceptance_ratio")
+    assert not {f"kvpilot_{name}" for name in absent} & names
+    assert "kvpilot_oom_total" not in names
+    valueless = World(policy())
+    assert not {name for name, _ in samples(valueless, tmp_path) if "kv_" in name}
+
+
+def test_the_page_is_valid_in_both_formats_with_a_meaning_for_each_metric(
+    flown: World, tmp_path: Path
+) -> None:
+    answer = get(flown, tmp_path, "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert all(family.documentation for family in parse(answer.text))
+    answer = get(flown, tmp_path, "/metrics", accept="application/openmetrics-text; version=1.0.0")
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    families = list(parse_openmetrics(answer.text))
+    assert len({family.name for family in families}) == len(families)
+
+
+def test_names_keep_the_rules() -> None:
+    names = [metric_name(signal) for signal in SIGNALS.values()]
+    assert len(set(names)) == len(names)
+    for signal in SIGNALS.values():
+        name = metric_name(signal)
+        assert name.replace("_", "").isalnum()
+        assert name.startswith("kvpilot_")
+        assert not name.endswith("_total")
+        if signal.unit in ("seconds", "bytes", "ratio"):
+            assert name.endswith(f"_{signal.unit}")
+
+
+def test_exported_buckets_hold_what_lies_below_them() -> None:
+    from kvpilot.link.histogram import BUCKETS, HistogramSnapshot, bucket_index
+    from kvpilot.publish.prometheus import _buckets
+
+    durations = [0.0004, 0.0022, 0.026, 0.048, 0.3, 7.0, 500.0]
+    counts = [0] * BUCKETS
+    for duration_s in durations:
+        counts[bucket_index(round(duration_s * NS))] += 1
+    pairs = dict(_buckets(HistogramSnapshot(counts, 0)))
+    for bound in BUCKETS_S:
+        assert pairs[str(bound)] == sum(duration_s <= bound for duration_s in durations)
+    assert pairs["+Inf"] == len(durations)
+
+
+def test_infinity_is_a_number_in_metrics_and_text_in_json(tmp_path: Path) -> None:
+    world = World(policy())
+    world.start_engine()
+    world.ticks(3, running=1)
+    assert math.isinf(samples(world, tmp_path)[key("kvpilot_kv_time_to_exhaustion_seconds", engine="lab")])
+    described: dict[str, Any] = get(world, tmp_path, "/status").json()
+    assert described["signals"]["forecast.kv_exhaustion_seconds"]["value"] == "+Inf"
+
+
+def test_health_is_the_turning_of_the_loop(flown: World, tmp_path: Path) -> None:
+    assert get(World(), tmp_path, "/healthz").status_code == 200
+    assert get(flown, tmp_path, "/healthz").json()["status"] == "ok"
+    flown.clock.advance(10)
+    assert get(flown, tmp_path, "/healthz").status_code == 503
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/status", "/healthz", "/"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_http_cannot_operate(flown: World, tmp_path: Path, path: str, method: str) -> None:
+    before = dict(flown.values)
+    assert get(flown, tmp_path, path, method=method).status_code in (404, 405)
+    assert flown.values == before
+
+
+def test_a_port_that_is_taken_is_one_clear_line() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(HttpError) as caught:
+            listen("127.0.0.1", port)
+    assert str(caught.value) == (
+        f"http 127.0.0.1:{port}: Address already in use: write another address as `api: {{port: N}}`"
+    )
