@@ -15,6 +15,8 @@ import subprocess
 import sys
 from typing import Any
 
+from kvpilot.clock import SystemClock
+
 from kvengine.channel import Channel
 from kvengine.config import EngineConfig
 from kvengine.errors import ChannelClosed, EngineError, StartError
@@ -90,14 +92,15 @@ def main() -> None:
         config = EngineConfig.from_wire(_first(channel))
         # OpenMP reads this once, when torch is imported.
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
-        from kvpilot.clock import SystemClock
-
-        from kvengine.assemble import assemble
-
         try:
+            from kvengine.assemble import assemble
+
             engine = assemble(config, channel, SystemClock())
         except EngineError as error:
             channel.send(["refused", str(error)])
+            return
+        except ModuleNotFoundError as error:
+            channel.send(["refused", f"{error.name} is not installed: pip install 'kvpilot[engine]'"])
             return
         channel.send(["ready", engine.facts])
     except ChannelClosed:

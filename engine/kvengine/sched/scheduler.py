@@ -155,8 +155,8 @@ class Scheduler:
         item.request.served_step = self._steps
 
     def _admit(self, knobs: Knobs, now_ns: int) -> None:
-        # Running prompts have had their turn: where they leave budget, they have all of their blocks (or there
-        # is no free one), so that blocks in use are all that is promised.
+        # Running prompts have had their turn: where they leave budget they have all of their blocks, or there
+        # is no free one; so blocks in use are all that is promised.
         while self.waiting and len(self.running) < knobs.max_running:
             if self._budget_left == 0 or self._prefill_left == 0:
                 return
