@@ -96,11 +96,13 @@ def test_the_summary_says_what_sheds_and_when_bytes_left() -> None:
 def test_silence_counts_from_the_oldest_request_that_still_waits() -> None:
     writer, reader, _ = pair()
     early, _late = writer.admitted(0, "", 0, 1_000), writer.admitted(0, "", 0, 8_000)
+    writer.last_byte_ns = 500  # of an answer before both
     writer.beat(10_000, (), 0)
-    assert read(reader).oldest_in_flight_ns == 1_000
+    assert read(reader).seconds_since_byte == pytest.approx(9e-6)
     writer.ended(early)
     writer.beat(10_000, (), 0)
     assert read(reader).oldest_in_flight_ns == 8_000
+    assert read(reader).seconds_since_byte == pytest.approx(2e-6)
 
 
 def test_tenants_beyond_the_table_are_counted_together() -> None:
