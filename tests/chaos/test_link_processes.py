@@ -1,4 +1,4 @@
-"""The link between real processes: two writers, dead writers, readers, two users, read-only and full volumes."""
+"""The link between real processes: two writers, dead writers, readers, two users, volumes that fail."""
 
 import os
 import signal
@@ -231,6 +231,14 @@ def test_readers_follow_the_newest_engine_that_lives(start: Callable[..., Proces
     assert follower.path == pages[1].path
     for page in (*pages, newest, follower):
         page.close()
+
+
+def test_an_engine_that_starts_removes_no_page_of_one_that_lives(
+    start: Callable[..., Process], place: LinkPlace
+) -> None:
+    for _ in range(5):
+        start(ENGINE).hear()
+    assert len(list(place.telemetry_directory(0).iterdir())) == 5
 
 
 def test_a_page_truncated_under_a_living_engine_kills_no_reader(

@@ -154,10 +154,8 @@ class ControlsWriter:
         sequence = self.sequence + 1
         data = encode_slot(sequence, nonce, leases)
         start = _SLOT_STARTS[sequence % 2]
-        word = start // 8
-        self._words[word] = 0
         self._view[start + 8 : start + len(data)] = data[8:]
-        self._words[word] = sequence
+        self._words[start // 8] = sequence
         self.sequence = sequence
         return sequence
 

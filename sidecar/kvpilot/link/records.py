@@ -5,8 +5,8 @@ A record is its own sequence number, a body, and a CRC-32 over both, all in 8-by
     u64 sequence | body | u64 crc32(sequence, body)
 
 A reader believes a record only if the CRC holds and the sequence is the one it looked for. So neither store
-order nor a writer killed half-way can make it believe a mixture. Sequence 0 is "never written" or "being
-written".
+order nor a writer killed half-way can make it believe a mixture, and a blank page holds no record: the
+CRC-32 of zeros is not zero.
 """
 
 import struct
@@ -44,15 +44,13 @@ class Frame:
             return None
         if zlib.crc32(data[offset:end]) != int.from_bytes(data[end : end + _WORD], "little"):
             return None
-        record = self._struct.unpack_from(data, offset)
-        return record if record[0] else None
+        return self._struct.unpack_from(data, offset)
 
 
 class FrameWriter:
     """Writes records of one Frame into a page of words, without allocating.
 
-    The sequence word goes to 0 first and gets its value last, each as one native 8-byte store; what decides
-    is still the CRC.
+    The sequence word comes last, as one native 8-byte store; what decides is the CRC.
     """
 
     __slots__ = ("_covered", "_frame_words", "_pack_into", "_scratch", "_scratch_words", "_tail", "_words")
@@ -76,7 +74,6 @@ class FrameWriter:
         self._pack_into(self._scratch, 0, sequence, *values, *more)
         self._scratch_words[-1] = zlib.crc32(self._covered)
         words = self._words
-        words[word] = 0
         words[word + 1 : word + self._frame_words] = self._tail
         words[word] = sequence
 

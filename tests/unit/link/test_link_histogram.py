@@ -109,6 +109,21 @@ def test_a_mixture_of_two_states_lies_between_them(data: st.DataObject) -> None:
     assert reading(bytearray(new)).minus(middle).count >= 0
 
 
+def test_a_reading_in_the_middle_of_a_batch_is_taken_again() -> None:
+    """So that the mean is that of the counted durations."""
+    page, writer = filled(10**6)
+    middle = bytearray(page)
+    writer.record(10**9)
+    writer.flush()
+    middle[0] += 1
+    middle[8:16] = page[8:16]
+    states = iter((middle, page, page))
+    snapshot = read_histogram(lambda offset, size: bytes(next(states)[offset : offset + size]), 0)
+    assert snapshot is not None
+    assert (snapshot.count, snapshot.mean()) == (2, 0.5005)
+    assert page[0] == 4, "two stores a batch"
+
+
 def test_a_writer_killed_in_a_batch_leaves_a_histogram_that_reads() -> None:
     page, _ = filled(10**6, 10**6)
     page[0] |= 1

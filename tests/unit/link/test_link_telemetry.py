@@ -87,6 +87,34 @@ def test_a_record_being_written_comes_with_the_next_poll() -> None:
     assert page.reader.skipped == 0
 
 
+def test_a_head_seen_before_its_records_brings_no_records_of_the_lap_before() -> None:
+    """Machines may reorder stores: what lies there is whole, and old."""
+    page = Telemetry(record_count=8)
+    page.write(10)
+    page.reader.poll()
+    struct.pack_into("<Q", page.buffer, page.plan.ring, 13)
+    assert page.reader.poll() == []
+    page.write(3)
+    assert sequences(page.reader.poll()) == [11, 12, 13]
+
+
+def test_a_record_torn_at_the_first_look_is_whole_at_the_second() -> None:
+    page = Telemetry()
+    page.write(2)
+    looks = []
+
+    def tear_once(offset: int, size: int) -> bytes:
+        looks.append(offset)
+        data = bytearray(page.buffer[offset : offset + size])
+        if len(looks) == 2:
+            data[-8] ^= 1
+        return bytes(data)
+
+    reader = page.new_reader()
+    reader._read_at = tear_once
+    assert sequences(reader.poll()) == [1, 2]
+
+
 def test_the_page_of_a_writer_that_died_half_way_reads_to_its_last_whole_record() -> None:
     """The flight recorder: a new reader, after a crash in the middle of a record."""
     page = Telemetry()
