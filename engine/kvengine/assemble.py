@@ -16,6 +16,7 @@ from kvengine.channel import Channel
 from kvengine.config import EngineConfig
 from kvengine.core import Core
 from kvengine.errors import StartError
+from kvengine.executor.cuda_memory import CudaMemory
 from kvengine.executor.torch import EagerExecutor
 from kvengine.kv.plan import Plan, plan
 from kvengine.kv.pool import BlockPool
@@ -55,13 +56,17 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
         worst_step_bytes=footprint.worst_step_bytes(config.step_token_budget, config.max_running, drafts),
         kv_fraction=config.kv_fraction,
     )
-    memory = DeviceMemory(config.memory_bytes)
+    device = _device(config.device)
+    memory = _memory(config, device)
     executor = EagerExecutor(
-        Llama(target, weights.load(config.model, target), max_model_len),
-        Llama(draft, weights.load(config.draft, draft), max_model_len) if draft and config.draft else None,
+        Llama(target, weights.load(config.model, target, device), max_model_len),
+        Llama(draft, weights.load(config.draft, draft, device), max_model_len)
+        if draft and config.draft
+        else None,
         memory,
         memory_plan.blocks,
         config.block_size,
+        device,
     )
     scheduler = Scheduler(BlockPool(memory_plan.blocks), config.block_size, len(config.classes))
     limits = Limits(max_model_len, memory_plan.kv_tokens)
@@ -73,12 +78,27 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
         fields=provided_fields(core, executor, lengths),
         max_model_len=max_model_len,
         activation_bytes_per_token=footprint.step.token_bytes,
-        device="cpu",
+        device=config.device,
     )
     telemetry = Telemetry(core, executor, lengths, StepHook.open(manifest, clock=clock))
     external = (config.external, memory) if config.external else None
     loop = EngineLoop(core, telemetry, channel, clock, external)
     return Engine(loop, _facts(memory_plan, limits, target))
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def _memory(config: EngineConfig, device: torch.device) -> DeviceMemory | CudaMemory:
+    """The account that bounds the engine: our own on a CPU, the device's on CUDA."""
+    if device.type == "cpu":
+        return DeviceMemory(config.memory_bytes)
+    if config.external is not None:
+        raise StartError("--external-memory is for --device cpu; on CUDA start another process instead")
+    return CudaMemory(config.memory_bytes, device)
 
 
 def _draft_config(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:

@@ -54,7 +54,7 @@ def serve(
     port: int = 8000,
     memory: Annotated[str, typer.Option(help="Device memory: weights, KV and steps.")] = "256MiB",
     kv_fraction: Annotated[
-        float | None, typer.Option(help="Share of device memory for KV, instead of what is safe.")
+        float | None, typer.Option(help="Share for KV of what weights leave, instead of what is safe.")
     ] = None,
     external_memory: Annotated[
         str | None, typer.Option(help="What a neighbour takes, and when: 64MiB@10s.")
@@ -71,6 +71,7 @@ def serve(
     ] = 1.0,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and output.")] = None,
     callers: Annotated[Path | None, typer.Option(help="Callers file: classes and keys.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads of the model.")] = 1,
     name: Annotated[str | None, typer.Option(help="Model name that clients use.")] = None,
 ) -> None:
@@ -95,6 +96,7 @@ def serve(
             admission_watermark=watermark,
             max_model_len=max_model_len,
             threads=threads,
+            device=device,  # type: ignore[arg-type]
             classes=Callers.load(os.environ.get("KVPILOT_CALLERS")).classes,
         )
         _serve(config, host, port)

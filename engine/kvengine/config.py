@@ -6,7 +6,7 @@ Sizes are bytes, lengths tokens. The knobs' baselines are here too: a lease move
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvengine.errors import ConfigError
 
@@ -44,6 +44,7 @@ class EngineConfig:
     admission_watermark: float = 1.0
     max_model_len: int | None = None
     threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
     classes: tuple[str, ...] = ("default",)
     """Class names by level, lowest first."""
 
@@ -59,6 +60,8 @@ class EngineConfig:
                 f"prefill_chunk_tokens={self.prefill_chunk_tokens}: a step has {self.step_token_budget} "
                 "tokens; lower it or raise --step-tokens"
             )
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"device={self.device}: choose cpu or cuda")
         if self.speculative_tokens > 16:
             raise ConfigError(f"speculative_tokens={self.speculative_tokens}: at most 16")
         if not 0.05 <= self.admission_watermark <= 1:

@@ -23,12 +23,14 @@ from kvpilot.demo.screen import Screen
 from kvpilot.demo.settings import Leg, Scenario
 from kvpilot.link.place import ENVIRON_CONTROLS, ENVIRON_ENGINE, ENVIRON_TELEMETRY, LinkPlace
 from kvpilot.score import EngineTotals, Slo, score
+from kvpilot.workload import generator
 from kvpilot.workload.arrival import Arrival
 from kvpilot.workload.client import CALLER_HEADER, Clients, Patience
 
 ENGINE = "demo"
 MODEL = "kvpilot-tiny"
 CLASSES = {"batch": 0, "interactive": 1}
+TENANTS = sorted({tenant for mix in generator.CLASSES for tenant, _ in mix.tenants})
 RETRIES = {"batch": 2, "interactive": 0}
 DRAIN_S = 10.0
 SETTLE_S = 30.0
@@ -65,7 +67,7 @@ class Flight:
         """Start the engine and measure it. Raises DemoError."""
         for name in ("telemetry", "controls"):
             (self._folder / name).mkdir(mode=0o750)
-        callers = {"classes": CLASSES, "default": "batch", "header": CALLER_HEADER, "keys": {}}
+        callers = {"classes": CLASSES, "default": "batch", "header": CALLER_HEADER, "tenants": TENANTS}
         (self._folder / "callers.json").write_text(json.dumps(callers))
         arguments = ["kvengine", "serve", "--host", "127.0.0.1", "--port", str(self._port), "--name", MODEL]
         arguments += self._scenario.engine_arguments
