@@ -4,13 +4,16 @@ Every leg decodes greedily from the same prompts of the same length with the sam
 the shape of the shipped target, one thread. Ours is the whole `EagerExecutor.execute`, sampling included,
 with the batch built and the tokens committed around it; its block tables are shuffled, as in an engine that
 has run for long. The contiguous leg runs the same layers over a preallocated [batch, heads, length, dim]
-cache that is written in place. Legs alternate; a leg's time in one repeat is the median over its steps.
+cache that is written in place. Legs take turns every few steps (generate cannot be interrupted: every run).
+A leg's time in one repeat is the median of its steps' CPU time, which neighbours on the machine disturb
+least; wall time is beside it.
 """
 
 import argparse
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +36,46 @@ BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 256
 NEW_TOKENS = 48
 BLOCK_SIZE = 16
+TURN_STEPS = 6
 SEED = 7
+
+Times = dict[tuple[str, int], list[dict[str, float]]]
+"""(leg, batch) -> milliseconds a step of each repeat, on each clock."""
 
 
 class Steps:
-    """Wall and CPU seconds of each step, from marks set when a step's tokens are known."""
+    """Wall and CPU seconds of each step."""
 
     def __init__(self) -> None:
-        self._marks: list[tuple[float, float]] = []
+        self.wall_s: list[float] = []
+        self.cpu_s: list[float] = []
+        self._began = (0.0, 0.0)
 
-    def mark(self) -> None:
-        self._marks.append((time.perf_counter(), time.thread_time()))
+    def begin(self) -> None:
+        self._began = (time.perf_counter(), time.thread_time())
 
-    def medians_ms(self) -> tuple[float, float]:
-        """Wall and CPU; the first step is left out, it warms the caches."""
-        pairs = list(zip(self._marks[1:], self._marks[2:], strict=False))
-        wall, cpu = ([after[i] - before[i] for before, after in pairs] for i in (0, 1))
-        return statistics.median(wall) * 1e3, statistics.median(cpu) * 1e3
+    def end(self) -> None:
+        self.wall_s.append(time.perf_counter() - self._began[0])
+        self.cpu_s.append(time.thread_time() - self._began[1])
+
+    def medians_ms(self) -> dict[str, float]:
+        return {"cpu": statistics.median(self.cpu_s) * 1e3, "wall": statistics.median(self.wall_s) * 1e3}
 
 
-class MarkingStreamer(BaseStreamer):
-    """How generate tells of each step as it is done; the first call holds the prompt."""
+class StepStreamer(BaseStreamer):
+    """How generate tells of each step as it is done: once for the prompt, once for its first token, then
+    steps.
+    """
 
     def __init__(self) -> None:
         self.steps = Steps()
-        self._started = False
+        self._calls = 0
 
     def put(self, value: torch.Tensor) -> None:
-        if self._started:
-            self.steps.mark()
-        self._started = True
+        if self._calls >= 2:
+            self.steps.end()
+        self._calls += 1
+        self.steps.begin()
 
     def end(self) -> None:
         pass
@@ -73,13 +86,13 @@ class HuggingFaceLeg:
         self._model = model
 
     @torch.inference_mode()
-    def decode(self, prompts: list[list[int]], new_tokens: int) -> tuple[Steps, list[list[int]]]:
-        streamer = MarkingStreamer()
+    def decode(self, prompts: list[list[int]]) -> tuple[Steps, list[list[int]]]:
+        streamer = StepStreamer()
         out = self._model.generate(
             torch.tensor(prompts),
             attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=0,
             streamer=streamer,
@@ -88,28 +101,25 @@ class HuggingFaceLeg:
 
 
 class PagedLeg:
-    """The engine's own executor."""
+    """The engine's own executor; `decode` yields each step's tokens, the prompt's first."""
 
     def __init__(self, model: Llama) -> None:
-        length = PROMPT_TOKENS + NEW_TOKENS
-        self._blocks_each = -(-length // BLOCK_SIZE)
+        self._blocks_each = -(-(PROMPT_TOKENS + NEW_TOKENS) // BLOCK_SIZE)
         self._blocks = self._blocks_each * max(BATCHES)
         self._executor = EagerExecutor(model, None, DeviceMemory(1 << 31), self._blocks, BLOCK_SIZE)
 
-    def decode(self, prompts: list[list[int]], new_tokens: int) -> tuple[Steps, list[list[int]]]:
+    def decode(self, prompts: list[list[int]]) -> Iterator[list[int]]:
         free = random.Random(SEED).sample(range(self._blocks), self._blocks)
         requests = []
         for number, prompt in enumerate(prompts):
-            request = Request(number, prompt, SamplingParams(new_tokens, temperature=0.0))
+            request = Request(number, prompt, SamplingParams(NEW_TOKENS, temperature=0.0))
             request.blocks = free[number * self._blocks_each : (number + 1) * self._blocks_each]
             requests.append(request)
             self._commit([Slice(request, 0, len(prompt), samples=True)])
-        steps = Steps()
-        steps.mark()
-        for _ in range(new_tokens - 1):
+        yield [request.tokens[-1] for request in requests]
+        while True:
             self._commit([Slice(r, r.computed, 1, samples=True, decode=True) for r in requests])
-            steps.mark()
-        return steps, [request.tokens[len(request.prompt) :] for request in requests]
+            yield [request.tokens[-1] for request in requests]
 
     def _commit(self, slices: list[Slice]) -> None:
         for piece, result in zip(slices, self._executor.execute(Batch(slices)), strict=True):
@@ -126,18 +136,14 @@ class ContiguousLeg:
         self._model = model
         self._cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.layers)]
 
-    @torch.inference_mode()
-    def decode(self, prompts: list[list[int]], new_tokens: int) -> tuple[Steps, list[list[int]]]:
-        newest = self._step(prompts, 0)
-        steps, emitted = Steps(), [[token] for token in newest]
-        steps.mark()
-        for position in range(len(prompts[0]), len(prompts[0]) + new_tokens - 1):
+    def decode(self, prompts: list[list[int]]) -> Iterator[list[int]]:
+        newest, position = self._step(prompts, 0), len(prompts[0])
+        while True:
+            yield newest
             newest = self._step([[token] for token in newest], position)
-            for tokens, token in zip(emitted, newest, strict=True):
-                tokens.append(token)
-            steps.mark()
-        return steps, emitted
+            position += 1
 
+    @torch.inference_mode()
     def _step(self, new: list[list[int]], start: int) -> list[int]:
         batch, count, config = len(new), len(new[0]), self._model.config
         work = self._model.workspace(batch * count, batch)
@@ -146,10 +152,8 @@ class ContiguousLeg:
         indices, places = torch.tensor([flat, positions]).unbind()
         heads = (batch, count, -1, config.head_dim)
         query = work.query.view(heads).transpose(1, 2)
-        key, value = (
-            half.unflatten(1, (-1, config.head_dim)).view(heads).transpose(1, 2)
-            for half in work.new_kv.chunk(2, 1)
-        )
+        halves = work.new_kv.chunk(2, 1)
+        key, value = (half.unflatten(1, (-1, config.head_dim)).view(heads).transpose(1, 2) for half in halves)
         mixed = work.mixed.view(heads).transpose(1, 2)
 
         def attend(layer: int) -> None:
@@ -160,6 +164,22 @@ class ContiguousLeg:
 
         last = list(range(count - 1, batch * count, count))
         return self._model.run(work, indices, places, last, attend).argmax(-1).tolist()
+
+
+def alternate(runs: dict[str, Iterator[list[int]]]) -> tuple[dict[str, Steps], dict[str, list[list[int]]]]:
+    """Step several runs in turns; the first tokens, which come with the prompts, are not timed."""
+    steps = {name: Steps() for name in runs}
+    tokens = {name: [next(run)] for name, run in runs.items()}
+    for first in range(0, NEW_TOKENS - 1, TURN_STEPS):
+        for name, run in runs.items():
+            for _ in range(min(TURN_STEPS, NEW_TOKENS - 1 - first)):
+                steps[name].begin()
+                newest = next(run)
+                steps[name].end()
+                tokens[name].append(newest)
+    return steps, {
+        name: [list(column) for column in zip(*rows, strict=True)] for name, rows in tokens.items()
+    }
 
 
 def build() -> tuple[LlamaForCausalLM, Llama]:
@@ -179,25 +199,22 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     torch.set_num_threads(1)
     repeats = 5 if arguments.quick else 15
     reference, model = build()
-    legs = {"hf": HuggingFaceLeg(reference), "paged": PagedLeg(model), "contiguous": ContiguousLeg(model)}
-    names = list(legs)
+    hugging_face, paged, contiguous = HuggingFaceLeg(reference), PagedLeg(model), ContiguousLeg(model)
     rng = random.Random(SEED)
     prompts = [[rng.randrange(256) for _ in range(PROMPT_TOKENS)] for _ in range(max(BATCHES))]
-    wall: dict[tuple[str, int], list[float]] = {}
-    cpu: dict[tuple[str, int], list[float]] = {}
+    times: Times = {}
     different = 0
     for repeat in range(repeats + 1):
         for batch in BATCHES:
-            texts = []
-            for name in names[repeat % 3 :] + names[: repeat % 3]:
-                steps, tokens = legs[name].decode(prompts[:batch], NEW_TOKENS)
-                texts.append(tokens)
-                if repeat:  # the first one warms up
-                    wall_ms, cpu_ms = steps.medians_ms()
-                    wall.setdefault((name, batch), []).append(wall_ms)
-                    cpu.setdefault((name, batch), []).append(cpu_ms)
-            different += any(text != texts[0] for text in texts)
-    return settings(model, repeats), results(wall, cpu, different), bars(wall)
+            some = prompts[:batch]
+            ours = {"paged": paged.decode(some), "contiguous": contiguous.decode(some)}
+            steps, texts = alternate(dict(sorted(ours.items(), reverse=bool(repeat % 2))))
+            steps["hf"], texts["hf"] = hugging_face.decode(some)
+            different += any(text != texts["hf"] for text in texts.values())
+            if repeat:  # the first one warms up
+                for name, timed in steps.items():
+                    times.setdefault((name, batch), []).append(timed.medians_ms())
+    return settings(model, repeats), results(times, different), bars(times)
 
 
 def settings(model: Llama, repeats: int) -> dict[str, Any]:
@@ -218,24 +235,23 @@ def settings(model: Llama, repeats: int) -> dict[str, Any]:
     }
 
 
-def results(
-    wall: dict[tuple[str, int], list[float]], cpu: dict[tuple[str, int], list[float]], different: int
-) -> dict[str, Any]:
+def results(times: Times, different: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
-    for (name, batch), values in sorted(wall.items()):
+    for (name, batch), medians in sorted(times.items()):
+        cpu = [one["cpu"] for one in medians]
         rows[f"step_ms_{name}_b{batch}"] = {
-            "wall": statistics.median(values),
-            "cpu": statistics.median(cpu[name, batch]),
-            "min": min(values),
-            "max": max(values),
+            "cpu": statistics.median(cpu),
+            "cpu_min": min(cpu),
+            "cpu_max": max(cpu),
+            "wall": statistics.median(one["wall"] for one in medians),
         }
     rows["runs_with_different_tokens"] = different
     return rows
 
 
-def bars(wall: dict[tuple[str, int], list[float]]) -> list[frame.Bar]:
+def bars(times: Times) -> list[frame.Bar]:
     def ratios(over: str, under: str, batch: int) -> list[float]:
-        return [a / b for a, b in zip(wall[over, batch], wall[under, batch], strict=True)]
+        return [a["cpu"] / b["cpu"] for a, b in zip(times[over, batch], times[under, batch], strict=True)]
 
     return [
         frame.median_bar("vs_hf_b1", ratios("hf", "paged", 1), at_least=1.15),

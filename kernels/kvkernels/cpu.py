@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvkernels.geometry import FLOAT_BYTES, GATHER_BYTES, TILE_ROWS, Geometry, Span
-from kvkernels.scratch import Scratch
+from kvkernels.scratch import Scratch, indices
 
 _PADDING_LIMIT = 1.25
 _FREE_PADDING_BLOCKS = 16
@@ -54,12 +54,13 @@ class DecodeGroup:
         longest = max(contexts)
         width = geometry.blocks_for(longest)
         # Padding repeats a block of the same sequence: finite numbers that the mask then hides.
-        table = [
-            [*span.blocks[: (n := geometry.blocks_for(span.context))], *[span.blocks[0]] * (width - n)]
-            for span in spans
-        ]
+        table: list[int] = []
+        for span in spans:
+            used = geometry.blocks_for(span.context)
+            table += span.blocks[:used]
+            table += span.blocks[:1] * (width - used)
         device = query.device
-        self._table = torch.tensor(table, device=device).view(-1)
+        self._table = indices(table, device)
         self._gathered = scratch.gathered[: size * width * geometry.block_floats].view(size * width, -1)
         kv_heads, group, dim = geometry.kv_heads, geometry.group, geometry.head_dim
         strides = (width * geometry.block_floats, dim, geometry.token_floats, 1)

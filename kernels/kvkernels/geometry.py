@@ -62,13 +62,10 @@ class Span:
 
     def slots(self, block_size: int) -> list[int]:
         """Where in a pool the new tokens' KV lies, counted in tokens."""
-        blocks, start = self.blocks, self.context - self.count
-        if self.count == 1:
-            block, offset = divmod(start, block_size)
-            return [blocks[block] * block_size + offset]
+        blocks = self.blocks
         return [
             blocks[position // block_size] * block_size + position % block_size
-            for position in range(start, self.context)
+            for position in range(self.start, self.context)
         ]
 
 

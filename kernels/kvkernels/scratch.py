@@ -3,6 +3,8 @@
 Fresh memory for gathered KV costs more than the gather itself (each page of it faults), so it is made once.
 """
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,10 @@ class Scratch:
         """Additive mask [1, 1, rows, start + rows] for queries at `start` and on. At most TILE_ROWS rows."""
         first = self.max_context - start
         return self._mask[:rows, first : first + start + rows].view(1, 1, rows, start + rows)
+
+
+def indices(values: list[int], device: torch.device) -> Tensor:
+    """An int64 tensor of `values`, made several times faster than torch.tensor makes it."""
+    if not values:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    return torch.frombuffer(array("q", values), dtype=torch.int64).to(device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvkernels.geometry import TILE_ROWS, Geometry, Span
-from kvkernels.scratch import Scratch
+from kvkernels.scratch import Scratch, indices
 
 
 class TiledSpan:
@@ -18,7 +18,7 @@ class TiledSpan:
 
     def __init__(self, span: Span, geometry: Geometry, scratch: Scratch, query: Tensor, out: Tensor) -> None:
         used = geometry.blocks_for(span.context)
-        self._table = torch.tensor(span.blocks[:used], device=query.device)
+        self._table = indices(list(span.blocks[:used]), query.device)
         self._gathered = scratch.gathered[: used * geometry.block_floats].view(used, -1)
         kv_heads, group, dim = geometry.kv_heads, geometry.group, geometry.head_dim
         # KV heads become the batch and their query heads its heads, with stride 0 over the shared K and V.

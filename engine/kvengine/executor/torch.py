@@ -71,27 +71,24 @@ class EagerExecutor:
         return self._memory.reading()
 
     def _step(self, slices: Sequence[Slice], drafting: list[Slice]) -> list[SliceResult]:
-        proposal = self._propose(drafting) if drafting else None
-        drafts = iter(zip(proposal.tokens.tolist(), proposal.counts, strict=True)) if proposal else iter(())
         # Rows of logits come out in the order of spans: those with drafts first, then the other sampled ones.
-        plain = [piece for piece in slices if not (drafting and piece.drafts)]
-        spans = []
-        for piece in drafting:
-            tokens, count = next(drafts)
-            newest = piece.request.tokens[piece.start]
-            spans.append(Span([newest, *tokens[:count]], piece.start, piece.request.blocks, count + 1))
+        proposal = self._propose(drafting) if drafting else None
+        spans = _draft_spans(drafting, proposal) if proposal else []
+        plain = [piece for piece in slices if not piece.drafts] if drafting else slices
         for piece in plain:
-            tokens = piece.request.tokens[piece.start : piece.start + piece.count]
-            spans.append(Span(tokens, piece.start, piece.request.blocks, int(piece.samples)))
+            request, start = piece.request, piece.start
+            tokens = request.tokens[start : start + piece.count]
+            spans.append(Span(tokens, start, request.blocks, int(piece.samples)))
         logits = self._target.forward(spans, self._target_kv, self._scratch)
-        results = dict(self._judge(logits, drafting, proposal)) if proposal else {}
         sampled = [piece for piece in plain if piece.samples]
+        results: dict[int, SliceResult] = {}
+        if proposal:
+            results = self._judge(logits[: logits.shape[0] - len(sampled)], drafting, proposal)
         if sampled:
             rows = logits[logits.shape[0] - len(sampled) :]
             tokens = emission.next_tokens(rows, [piece.request for piece in sampled])
-            results.update(
-                (id(piece), SliceResult([token])) for piece, token in zip(sampled, tokens, strict=True)
-            )
+            for piece, token in zip(sampled, tokens, strict=True):
+                results[id(piece)] = SliceResult([token])
         return [results.get(id(piece)) or SliceResult([]) for piece in slices]
 
     def _propose(self, drafting: list[Slice]) -> Proposal:
@@ -106,17 +103,15 @@ class EagerExecutor:
     def _draft_forward(self, spans: Sequence[Span]) -> Tensor:
         return self._draft.forward(spans, self._draft_kv, self._scratch)
 
-    def _judge(
-        self, logits: Tensor, drafting: list[Slice], proposal: Proposal
-    ) -> list[tuple[int, SliceResult]]:
+    def _judge(self, logits: Tensor, drafting: list[Slice], proposal: Proposal) -> dict[int, SliceResult]:
         requests, counts = [piece.request for piece in drafting], proposal.counts
-        emitted = emission.judged(logits[: sum(counts) + len(counts)], requests, proposal)
+        emitted = emission.judged(logits, requests, proposal)
         accepted = [len(tokens) - 1 for tokens in emitted]
         settle(requests, counts, accepted)
-        return [
-            (id(piece), SliceResult(tokens, count, stood))
+        return {
+            id(piece): SliceResult(tokens, count, stood)
             for piece, tokens, count, stood in zip(drafting, emitted, counts, accepted, strict=True)
-        ]
+        }
 
     def _step_bytes(self, slices: Sequence[Slice], drafting: list[Slice]) -> int:
         tokens = rows = drawn = context = 0
@@ -130,6 +125,16 @@ class EagerExecutor:
                 drawn += emission.draws(piece.request) * (1 + drafts)
         behind = sum(len(piece.request.tokens) - piece.request.draft_computed for piece in drafting)
         return self.footprint.step_bytes(StepSize(tokens, rows, drawn, context), len(drafting), behind)
+
+
+def _draft_spans(drafting: list[Slice], proposal: Proposal) -> list[Span]:
+    """The newest token of each and its drafts, all of whose logits are wanted."""
+    return [
+        Span(
+            [piece.request.tokens[piece.start], *tokens[:count]], piece.start, piece.request.blocks, count + 1
+        )
+        for piece, tokens, count in zip(drafting, proposal.tokens.tolist(), proposal.counts, strict=True)
+    ]
 
 
 def _storage(model: Llama, num_blocks: int, block_size: int, device: torch.device) -> KvStorage:

@@ -15,7 +15,7 @@ import torch
 from kvkernels import attention
 from kvkernels.geometry import Geometry
 from kvkernels.geometry import Span as AttentionSpan
-from kvkernels.scratch import Scratch
+from kvkernels.scratch import Scratch, indices
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -56,8 +56,8 @@ class Llama:
         """Logits [sum of `logits`, vocab], in the order of `spans`. Writes the spans' KV into `storage`."""
         rows = _Rows(spans, storage.geometry)
         work = self.workspace(len(rows.tokens), len(rows.wanted))
-        indices = torch.tensor([rows.tokens, rows.positions, rows.slots], device=self._device)
-        tokens, positions, slots = indices.unbind()
+        columns = indices(rows.tokens + rows.positions + rows.slots, self._device)
+        tokens, positions, slots = columns.view(3, -1).unbind()
         paged = attention.PagedAttention(rows.spans, storage.geometry, scratch, work.query, work.mixed_heads)
 
         def attend(layer: int) -> None:
@@ -94,8 +94,7 @@ class Llama:
         return self._logits(work, wanted)
 
     def _logits(self, work: Workspace, wanted: list[int]) -> Tensor:
-        index = torch.tensor(wanted, dtype=torch.int64, device=self._device)
-        torch.index_select(work.residual, 0, index, out=work.last)
+        torch.index_select(work.residual, 0, indices(wanted, self._device), out=work.last)
         self._normalise(work.last, work.last_scale, work.last_normed)
         work.last_normed.mul_(self._weights.norm)
         return torch.mm(work.last_normed, self._weights.output, out=work.logits)
@@ -125,21 +124,26 @@ class _Rows:
     """
 
     def __init__(self, spans: Sequence[Span], geometry: Geometry) -> None:
-        order = sorted(range(len(spans)), key=lambda i: (len(spans[i].tokens) > 1, spans[i].start))
+        block_size = geometry.block_size
+        order = sorted((len(span.tokens) > 1, span.start, number) for number, span in enumerate(spans))
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.spans: list[AttentionSpan] = []
         ends = [0] * len(spans)
-        for index in order:
-            span = spans[index]
-            count, end = len(span.tokens), span.start + len(span.tokens)
-            placed = AttentionSpan(len(self.tokens), count, end, span.blocks)
-            self.tokens += span.tokens
-            self.positions += range(span.start, end)
-            self.slots += placed.slots(geometry.block_size)
+        for several, start, number in order:
+            span = spans[number]
+            end = start + len(span.tokens)
+            placed = AttentionSpan(len(self.tokens), end - start, end, span.blocks)
             self.spans.append(placed)
-            ends[index] = len(self.tokens)
+            self.tokens += span.tokens
+            if several:
+                self.positions += range(start, end)
+                self.slots += placed.slots(block_size)
+            else:
+                self.positions.append(start)
+                self.slots.append(span.blocks[start // block_size] * block_size + start % block_size)
+            ends[number] = len(self.tokens)
         self.wanted = [
             row for span, end in zip(spans, ends, strict=True) for row in range(end - span.logits, end)
         ]

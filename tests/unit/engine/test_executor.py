@@ -8,6 +8,7 @@ import torch
 from kvengine.errors import DeviceOutOfMemory, StartError
 from kvengine.executor.torch import EagerExecutor
 from kvengine.memory import MIB, DeviceMemory
+from kvengine.model.footprint import Footprint
 from kvengine.model.llama import Llama
 from kvengine.model.weights import LlamaWeights
 from kvengine.request import Request, SamplingParams
@@ -243,5 +244,8 @@ def test_a_larger_chunk_is_what_goes_over(target: Llama) -> None:
 
 
 def test_an_engine_that_does_not_fit_says_so(target: Llama) -> None:
+    resident_bytes = Footprint(target.config, None, BLOCK_SIZE, target.max_tokens).resident_bytes
     with pytest.raises(DeviceOutOfMemory, match=r"at start: .*KV blocks needs"):
-        executor(target, memory=DeviceMemory(4 * MIB))
+        executor(target, memory=DeviceMemory(resident_bytes + MIB))
+    with pytest.raises(DeviceOutOfMemory, match=r"at start: .*weights and buffers needs"):
+        executor(target, memory=DeviceMemory(resident_bytes - 1))
