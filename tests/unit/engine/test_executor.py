@@ -246,6 +246,6 @@ def test_a_larger_chunk_is_what_goes_over(target: Llama) -> None:
 def test_an_engine_that_does_not_fit_says_so(target: Llama) -> None:
     resident_bytes = Footprint(target.config, None, BLOCK_SIZE, target.max_tokens).resident_bytes
     with pytest.raises(DeviceOutOfMemory, match=r"at start: .*KV blocks needs"):
-        executor(target, memory=DeviceMemory(resident_bytes + MIB))
+        executor(target, memory=DeviceMemory(resident_bytes + MIB // 2))
     with pytest.raises(DeviceOutOfMemory, match=r"at start: .*weights and buffers needs"):
         executor(target, memory=DeviceMemory(resident_bytes - 1))
