@@ -8,7 +8,7 @@ from array import array
 import torch
 from torch import Tensor
 
-from kvkernels.geometry import FLOAT_BYTES, TILE_ROWS, Geometry, mask_floats, scratch_floats
+from kvkernels.geometry import TILE_ROWS, Geometry, scratch_floats
 
 
 class Scratch:
@@ -32,12 +32,6 @@ class Scratch:
         """Large enough for each of several models that run one after the other."""
         floats = max(scratch_floats(geometry, max_context) for geometry in geometries)
         return cls(floats, max_context, device)
-
-    @staticmethod
-    def size_bytes(geometries: list[Geometry], max_context: int) -> int:
-        """What `for_geometries` allocates."""
-        gathered = max(scratch_floats(geometry, max_context) for geometry in geometries)
-        return (gathered + mask_floats(max_context)) * FLOAT_BYTES + max_context * 8
 
     def causal(self, start: int, rows: int) -> Tensor:
         """Additive mask [1, 1, rows, start + rows] for queries at `start` and on. At most TILE_ROWS rows."""
