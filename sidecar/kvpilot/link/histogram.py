@@ -121,11 +121,13 @@ class HistogramWriter:
     does the arithmetic once a step.
     """
 
-    __slots__ = ("_base", "_words", "pending", "record")
+    __slots__ = ("_base", "_sequence", "_sum_ns", "_words", "pending", "record")
 
     def __init__(self, words: memoryview | None, base: int) -> None:
         self._words = words
         self._base = base
+        self._sequence = 0
+        self._sum_ns = 0
         self.pending: deque[int] = deque(maxlen=PENDING if words is not None else 0)
         self.record: Callable[[int], None] = self.pending.append
 
@@ -134,8 +136,8 @@ class HistogramWriter:
         words, base, pending = self._words, self._base, self.pending
         if words is None or not pending:
             return
-        words[base] += 1
-        sum_ns = 0
+        words[base] = self._sequence + 1
+        sum_ns = self._sum_ns
         first = base + 2
         for duration_ns in pending:
             if _LOW_NS <= duration_ns < _HIGH_NS:
@@ -146,9 +148,11 @@ class HistogramWriter:
                 words[first + bucket_index(duration_ns)] += 1
                 # A clock that jumped must not overflow the sum.
                 sum_ns += min(max(duration_ns, 0), _HIGH_NS)
-        words[base + 1] += sum_ns
-        words[base] += 1
         pending.clear()
+        self._sum_ns = sum_ns
+        words[base + 1] = sum_ns
+        self._sequence += 2
+        words[base] = self._sequence
 
     def disable(self) -> None:
         """Record nothing from now on. A `record` that the engine kept fills a queue that is bounded."""

@@ -48,22 +48,22 @@ class Frame:
 
 
 class FrameWriter:
-    """Writes records of one Frame into a page of words, without allocating.
+    """Writes records of one Frame into a page of words: the whole buffer of an mmap or a bytearray.
 
-    The sequence word comes last, as one native 8-byte store; what decides is the CRC.
+    One copy a record, then its CRC as one native 8-byte store: in between, the CRC does not hold.
     """
 
-    __slots__ = ("_covered", "_frame_words", "_pack_into", "_scratch", "_scratch_words", "_tail", "_words")
+    __slots__ = ("_covered", "_pack", "_page", "_words")
 
     def __init__(self, frame: Frame, words: memoryview) -> None:
+        # Slices of the buffer itself: a view more would be one more to release before a map can be closed.
+        page: Any = words.obj
+        if len(page) != words.nbytes:
+            raise ValueError("records are written to a whole buffer, not to a part of one")
+        self._page = page
         self._words = words
-        self._frame_words = frame.words
-        self._pack_into = frame._struct.pack_into
-        self._scratch = bytearray(frame.size)
-        view = memoryview(self._scratch)
-        self._covered = view[: frame._covered]
-        self._scratch_words = view.cast("Q")
-        self._tail = self._scratch_words[1:]
+        self._pack = frame._struct.pack
+        self._covered = frame._covered
 
     def write(self, word: int, sequence: int, *values: Any) -> None:
         """Write the record whose first word has index `word`. Raises struct.error for a misfit value."""
@@ -71,11 +71,11 @@ class FrameWriter:
 
     def write_parts(self, word: int, sequence: int, values: Sequence[Any], more: Sequence[Any] = ()) -> None:
         """`write` for values that lie in two sequences: the step loop's way, which copies them once."""
-        self._pack_into(self._scratch, 0, sequence, *values, *more)
-        self._scratch_words[-1] = zlib.crc32(self._covered)
-        words = self._words
-        words[word + 1 : word + self._frame_words] = self._tail
-        words[word] = sequence
+        record = self._pack(sequence, *values, *more)
+        start = word * _WORD
+        end = start + self._covered
+        self._page[start:end] = record
+        self._words[end // _WORD] = zlib.crc32(record)
 
 
 class StepLayout:

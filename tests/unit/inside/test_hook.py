@@ -152,6 +152,14 @@ def test_latencies_reach_the_pilot_with_the_step_they_belong_to() -> None:
     assert engine.reader.histogram("step").mean() == pytest.approx(0.01)
 
 
+def test_a_record_without_a_duration_is_no_step() -> None:
+    """An engine that falls idle tells its last gauges; the step-time distribution must not see it."""
+    engine = Engine()
+    engine.hook.end_step((engine.now_ns, 0, engine.steps, 0))
+    assert engine.reader.histogram("step").count == engine.steps
+    assert engine.reader.poll()[-1]["running"] == 0
+
+
 def test_queues_and_tenants_reach_the_pilot() -> None:
     engine = Engine()
     engine.hook.set_class(0, 3, 400)
