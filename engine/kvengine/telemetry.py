@@ -2,7 +2,8 @@
 
 The step record's fields are the keys of what `_reading` returns, in its order: the manifest is built from
 them. What needs a scan over all requests (KV demand ahead, tenants) is done every `SCAN_STEPS` steps and when
-the engine falls idle. O(emissions) a step, O(requests) a scan.
+the engine falls idle. O(emissions) a step, O(requests) a scan, and memory for at most `MAX_TENANTS` that hold
+nothing.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ from kvpilot.inside.hook import StepHook
 from kvpilot.inside.lengths import LengthPredictor
 from kvpilot.link.fields import HORIZONS, QUANTILES
 from kvpilot.link.telemetry import TenantRow
+from kvpilot.link.telemetry_page import MAX_TENANTS
 
 from kvengine.core import Core, Step
 from kvengine.sched.scheduler import Knobs
@@ -78,16 +80,26 @@ class Telemetry:
             self._core, self._memory, step.ended_ns, step.ended_ns - step.started_ns, self._scan
         )
         self._hook.end_step(tuple(reading.values()))
-        self._echoed = (knobs, reading["device_free_bytes"], self._core.totals.cancelled)
+        self._echoed = (knobs, reading["device_free_bytes"], self._gone())
 
     def record_idle(self, now_ns: int, knobs: Knobs) -> None:
         """Between steps: write down again what moved without one: knobs, memory, requests."""
-        # A cancelled request leaves without a step: the last record would show it running for ever.
-        echo = (knobs, self._memory.memory().free, self._core.totals.cancelled)
+        gone = self._gone()
+        if not self._echoed or gone != self._echoed[-1]:
+            self._scan = _Scan(self._core, self._lengths)
+            self._show_tenants(now_ns)
+        # Nobody holds a block now: what the next scan finds must not be charged for this time.
+        self._tenants_at_ns = now_ns
         self._show_queues()
+        echo = (knobs, self._memory.memory().free, gone)
         if echo != self._echoed:
             self._hook.end_step(tuple(_reading(self._core, self._memory, now_ns, 0, self._scan).values()))
             self._echoed = echo
+
+    def _gone(self) -> tuple[int, int, int]:
+        """Requests that may have left without a step: the last record would show them running for ever."""
+        totals = self._core.totals
+        return totals.finished, totals.cancelled, totals.rejected
 
     def wake_by_ns(self) -> int | None:
         """When a lease runs out next."""
@@ -145,8 +157,20 @@ class Telemetry:
                 self._tenant_tokens[tenant],
             )
             if row != before:
-                self._tenants[tenant] = row
+                self._tenants.pop(tenant, None)
+                self._tenants[tenant] = row  # Last in order: the latest to change.
                 self._hook.set_tenant(*row)
+        self._forget_tenants()
+
+    def _forget_tenants(self) -> None:
+        """Whoever can name tenants could otherwise name millions: of those that hold nothing, the
+        latest to change are kept.
+        """
+        idle = [
+            row.name for row in self._tenants.values() if not (row.running or row.waiting or row.kv_blocks)
+        ]
+        for name in idle[: max(0, len(idle) - MAX_TENANTS)]:
+            del self._tenants[name], self._tenant_tokens[name]
 
 
 class _Scan:

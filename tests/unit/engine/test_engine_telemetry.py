@@ -22,6 +22,7 @@ from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, Lease, Scope
 from kvpilot.link.fields import HOOK_FIELDS, STEP_FIELDS
 from kvpilot.link.page import Identity
 from kvpilot.link.telemetry import TelemetryReader, TelemetryWriter, plan_page
+from kvpilot.link.telemetry_page import MAX_TENANTS
 
 BLOCK = 4
 BLOCKS = 32
@@ -257,6 +258,58 @@ def test_an_idle_engine_shows_when_a_lease_runs_out_or_memory_moves() -> None:
     steps = flight.reader.histogram("step")
     assert steps is not None
     assert steps.count == 1, "an idle record is no step"
+
+
+@pytest.mark.parametrize("leave", ["cancel", "stop"])
+def test_a_request_that_leaves_between_steps_is_no_longer_shown(leave: str) -> None:
+    """Its client hung up, or its text reached a stop string: not running, no demand, no blocks."""
+    flight = Flight()
+    flight.arrive(1, output=60, tenant="acme")
+    for _ in range(SCAN_STEPS):
+        flight.step()
+    assert flight.reader.tenants()[0].kv_blocks > 0
+    assert flight.reader.poll()[-1]["running"] == 1
+    getattr(flight.core, leave)(1)
+    flight.idle()
+    (record,) = flight.reader.poll()
+    assert (record["running"], record["demand_16_p90_blocks"]) == (0, 0)
+    assert record["finished_total"] + record["cancelled_total"] == 1
+    (row,) = flight.reader.tenants()
+    assert (row.running, row.kv_blocks) == (0, 0)
+
+
+def test_a_refused_request_is_counted_while_the_engine_idles() -> None:
+    flight = Flight()
+    flight.idle()
+    flight.reader.poll()
+    flight.arrive(1, prompt=101)
+    flight.idle()
+    assert [record["rejected_total"] for record in flight.reader.poll()] == [1]
+
+
+def test_a_tenant_is_not_charged_for_the_time_before_it_came() -> None:
+    """An idle hour, then 16 steps: block-seconds are at most what all blocks could hold in those steps."""
+    flight = Flight()
+    flight.arrive(1, tenant="acme")
+    while flight.core.requests:
+        flight.step()
+    flight.clock.advance(3600)
+    flight.idle()
+    flight.arrive(2, output=90, tenant="acme")
+    for _ in range(SCAN_STEPS):
+        flight.step()
+    (row,) = flight.reader.tenants()
+    assert row.kv_blocks > 0
+    assert row.block_ns_total <= BLOCKS * flight.core.totals.steps * STEP_NS
+
+
+def test_tenants_without_number_are_not_remembered_for_ever() -> None:
+    flight = Flight()
+    for number in range(1, 3 * MAX_TENANTS):
+        flight.arrive(number, output=1, tenant=f"h-{number}")
+        flight.step()
+    assert len(flight.telemetry._tenants) == len(flight.telemetry._tenant_tokens) == MAX_TENANTS
+    assert len(flight.reader.tenants()) == MAX_TENANTS
 
 
 def test_a_step_out_of_memory_is_in_the_record() -> None:
