@@ -27,7 +27,7 @@ DEFAULT_CONFIG = Path("kvpilot.yaml")
 
 
 def _fail(message: object) -> NoReturn:
-    sys.exit(f"kvpilot: {message}" if "\n" not in str(message) else str(message))
+    sys.exit(f"kvpilot: {message}")
 
 
 @app.command()
@@ -47,7 +47,7 @@ def run(config: Configuration = DEFAULT_CONFIG) -> None:
         service = Service(load(config), SystemClock())
         asyncio.run(service.run())
     except (ConfigError, StartError) as error:
-        _fail(error)
+        sys.exit(str(error))  # A line for each mistake, as file:line:column where there is one.
 
 
 @app.command()
@@ -157,5 +157,7 @@ def _ask(config: Path, order: Mapping[str, Any]) -> dict[str, Any]:
         path = load(config).socket
         assert path is not None, "load() has filled this in"
         return ask(path, order)
-    except (ConfigError, SocketError) as error:
+    except ConfigError as error:
+        sys.exit(str(error))
+    except SocketError as error:
         _fail(error)

@@ -17,8 +17,9 @@ from kvpilot.policy.context import Slo
 from kvpilot.policy.quantity import parse_duration
 from kvpilot.policy.source import Problem, Source
 
-RESERVED_CLASS_NAMES = ("itl", "ttft")
-"""`slo.itl` and `slo.ttft` are the tightest over classes, so no class may take those names."""
+RESERVED_CLASS_NAMES = ("itl", "ttft", "lowest")
+"""`slo.itl` and `slo.ttft` are the tightest over classes, `slo.lowest` is the lowest class: no class may take
+these names."""
 
 
 class ConfigError(Exception):
@@ -104,10 +105,10 @@ class Config(_Model):
 
     @property
     def slo(self) -> Slo:
-        """What policies see as `slo`: seconds, tightest over classes and by class."""
+        """What policies see as `slo`: seconds; tightest over classes, by class, and of the lowest class."""
         by_class = {each.name: {"itl": each.itl, "ttft": each.ttft} for each in self.classes}
         tightest = {key: min(each[key] for each in by_class.values()) for key in ("itl", "ttft")}
-        return {**tightest, **by_class}
+        return {**tightest, **by_class, "lowest": by_class[self.classes[0].name]}
 
 
 def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:

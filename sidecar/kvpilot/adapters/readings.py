@@ -63,6 +63,13 @@ def _kv_occupancy(manifest: Manifest, record: StepRecord) -> float | Missing:
     return (manifest.blocks - available) / manifest.blocks
 
 
+def _kv_demand_ratio(manifest: Manifest, record: StepRecord) -> float | Missing:
+    available, waiting_tokens = available_blocks(record), record.get("waiting_prompt_tokens")
+    if available is None or waiting_tokens is None or not manifest.blocks:
+        return NOT_PROVIDED
+    return (manifest.blocks - available + waiting_tokens / manifest.block_size) / manifest.blocks
+
+
 def _tail_waste_ratio(manifest: Manifest, record: StepRecord) -> float | Missing:
     available, waste = available_blocks(record), record.get("tail_waste_tokens")
     if available is None or waste is None:
@@ -85,6 +92,7 @@ def _device_headroom_tokens(manifest: Manifest, record: StepRecord) -> float | M
 
 _DERIVED: dict[str, Callable[[Manifest, StepRecord], Value | Missing]] = {
     "kv_occupancy": _kv_occupancy,
+    "kv_demand_ratio": _kv_demand_ratio,
     "tail_waste_ratio": _tail_waste_ratio,
     "spec_acceptance_ratio": _spec_acceptance_ratio,
     "device_headroom_tokens": _device_headroom_tokens,

@@ -58,9 +58,7 @@ class OperatingSocket:
         except OSError as error:
             listening.close()
             reason = error.strerror or error
-            raise SocketError(
-                f"socket {self._path}: {reason}: write another path as `socket: FILE`"
-            ) from error
+            raise SocketError(f"socket {self._path}: {reason}: write another as `socket: FILE`") from error
 
     async def close(self) -> None:
         """Stop listening and remove the socket."""

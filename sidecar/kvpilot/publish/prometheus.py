@@ -5,6 +5,7 @@ A signal that is missing is absent from the page, never 0. Names come from the c
 a name of their own in the field. Distributions are cumulative histograms since the engine started.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import (
@@ -19,7 +20,7 @@ from kvpilot.adapters.windows import Reading
 from kvpilot.clock import NS
 from kvpilot.flight import Flight
 from kvpilot.journal.records import format_scope
-from kvpilot.link.histogram import HistogramSnapshot, bucket_bounds_ns
+from kvpilot.link.histogram import BUCKETS, HistogramSnapshot, bucket_bounds_ns
 from kvpilot.policy.state import Phase
 from kvpilot.publish.board import Tick
 from kvpilot.publish.durations import Durations
@@ -231,16 +232,22 @@ def _durations(name: str, meaning: str, durations: Durations) -> Metric:
     return family
 
 
+def _bound_of(index: int) -> int:
+    """Which exported bucket the page's bucket `index` belongs to."""
+    low, high = bucket_bounds_ns(index)
+    return bisect_left(BUCKETS_S, (low + high) / 2 / NS)
+
+
+_BOUND_OF = tuple(map(_bound_of, range(BUCKETS)))
+
+
 def _buckets(snapshot: HistogramSnapshot) -> list[tuple[str, float]]:
     """Cumulative counts at BUCKETS_S and infinity."""
     counts = [0] * (len(BUCKETS_S) + 1)
-    for index, count in enumerate(snapshot.counts):
-        if count:
-            low, high = bucket_bounds_ns(index)
-            middle_s = (low + high) / 2 / NS
-            counts[next((at for at, bound in enumerate(BUCKETS_S) if middle_s <= bound), -1)] += count
+    for bound, count in zip(_BOUND_OF, snapshot.counts, strict=True):
+        counts[bound] += count
     buckets, seen = [], 0
-    for bound, count in zip([*map(str, BUCKETS_S), "+Inf"], counts, strict=True):
+    for name, count in zip([*map(str, BUCKETS_S), "+Inf"], counts, strict=True):
         seen += count
-        buckets.append((bound, float(seen)))
+        buckets.append((name, float(seen)))
     return buckets

@@ -26,7 +26,7 @@ def no_backoff() -> Iterator[None]:
 
 
 class Receiver:
-    """A webhook on the loopback; `answers` gives the status of each request in turn, the last one for ever."""
+    """A webhook on the loopback; `answers`: the status of each request in turn, the last for ever."""
 
     def __init__(self, answers: list[int]) -> None:
         self.bodies: list[dict[str, Any]] = []

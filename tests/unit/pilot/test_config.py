@@ -48,6 +48,7 @@ def test_slo_is_the_tightest_over_classes_and_each_class(tmp_path: Path) -> None
         "ttft": 0.5,
         "batch": {"itl": 0.100, "ttft": 5.0},
         "interactive": {"itl": 0.040, "ttft": 0.5},
+        "lowest": {"itl": 0.100, "ttft": 5.0},
     }
 
 

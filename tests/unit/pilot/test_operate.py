@@ -142,5 +142,5 @@ def test_what_a_killed_pilot_left_is_replaced(world: World, tmp_path: Path) -> N
 
 def test_a_path_that_cannot_be_is_one_clear_line(world: World, tmp_path: Path) -> None:
     path = tmp_path / ("x" * 200)
-    with pytest.raises(SocketError, match=r"write another path as `socket: FILE`"):
+    with pytest.raises(SocketError, match=r"write another as `socket: FILE`"):
         asyncio.run(socket_of(world, path).open())

@@ -1,4 +1,4 @@
-"""The tick, end to end in virtual time: from step records through rules to what the engine's next step obeys."""
+"""The tick in virtual time: from step records through rules to what the engine's next step obeys."""
 
 import asyncio
 import json

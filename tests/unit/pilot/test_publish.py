@@ -1,4 +1,4 @@
-"""What the outside sees: metrics that parse and leave out what is missing, status, health; and that it only shows."""
+"""What the outside sees: metrics that parse and leave out what is missing, status, health; read-only."""
 
 import asyncio
 import math
