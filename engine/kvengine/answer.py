@@ -77,9 +77,13 @@ class Answer:
         text = ""
         for emission in arrived:
             self._emitted.append((emission.at_ns, len(emission.tokens)))
-            self._completion_tokens += len(emission.tokens)
             self._last = emission
-            text += self._detokenizer.push(emission.tokens)
+            # One by one: what a step brings out together must not decide which stop string is found.
+            for token in emission.tokens:
+                self._completion_tokens += 1
+                text += self._detokenizer.push([token])
+                if self._detokenizer.stopped is not None:
+                    break
             if self._detokenizer.stopped is None and emission.finish is not None:
                 text += self._detokenizer.finish()
             if self._detokenizer.stopped is not None:

@@ -100,6 +100,8 @@ class EngineClient:
         self, prompt: list[int], sampling: Mapping[str, Any], level: int, tenant: str | None, received_ns: int
     ) -> Generation:
         """Send a request to the core; `sampling`: the fields of SamplingParams. Raises GenerationError."""
+        if not self.alive:
+            raise GenerationError(503, CORE_GONE)
         self._last_id += 1
         generation = Generation(self, self._last_id, received_ns)
         self._open[generation.id] = generation

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
 from kvpilot.clock import NS, Clock
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from kvengine.answer import Answer, ChatAnswer, TextAnswer
 from kvengine.frontend import CORE_GONE, EngineClient, Generation, GenerationError
@@ -190,10 +191,13 @@ def _event(data: dict[str, Any]) -> bytes:
 async def _read(request: Request) -> bytes:
     """The body, if it is of a sane size."""
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise BadRequest(f"The body is over {MAX_BODY_BYTES} bytes.", 413)
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY_BYTES:
+                raise BadRequest(f"The body is over {MAX_BODY_BYTES} bytes.", 413)
+    except ClientDisconnect:
+        raise ClientGone from None
     return bytes(data)
 
 
