@@ -1,0 +1,59 @@
+"""The policy directory: content decides whether it is looked at again, and a bad set is tried once."""
+
+from pathlib import Path
+
+import pytest
+from kvpilot.clock import VirtualClock
+from kvpilot.policy.load import PolicyErrors
+from kvpilot.policy_directory import PolicyDirectory, shipped
+from pilot_world import policy
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> PolicyDirectory:
+    (tmp_path / "guard.yaml").write_text(policy())
+    return PolicyDirectory(tmp_path, ["batch", "interactive"], VirtualClock())
+
+
+def test_it_is_loaded_again_when_content_changes_and_only_then(directory: PolicyDirectory) -> None:
+    assert [each.name for each in directory.load().policies] == ["guard"]
+    (directory.path / "guard.yaml").touch()
+    (directory.path / "notes.txt").write_text("not a policy")
+    assert directory.load_if_changed() is None
+    (directory.path / "other.yaml").write_text(policy("other"))
+    changed = directory.load_if_changed()
+    assert changed is not None
+    assert [each.name for each in changed.policies] == ["guard", "other"]
+
+
+def test_a_swap_by_symbolic_link_is_a_change(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.yaml").write_text(policy(name))
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "mount" / "..data").symlink_to(tmp_path / "one")
+    (tmp_path / "mount" / "p.yaml").symlink_to(Path("..data") / "p.yaml")
+    directory = PolicyDirectory(tmp_path / "mount", [], VirtualClock())
+    assert directory.load().policies[0].name == "one"
+    (tmp_path / "mount" / "..new").symlink_to(tmp_path / "two")
+    (tmp_path / "mount" / "..new").rename(tmp_path / "mount" / "..data")
+    changed = directory.load_if_changed()
+    assert changed is not None
+    assert changed.policies[0].name == "two"
+
+
+def test_a_bad_set_is_reported_once_and_good_again_when_it_is_mended(directory: PolicyDirectory) -> None:
+    directory.load()
+    (directory.path / "guard.yaml").write_text(policy(when="y > 1.0"))
+    with pytest.raises(PolicyErrors):
+        directory.load_if_changed()
+    assert not directory.good
+    assert directory.load_if_changed() is None
+    (directory.path / "guard.yaml").write_text(policy(when="x > 2.0"))
+    assert directory.load_if_changed() is not None
+    assert directory.good
+
+
+def test_the_shipped_policies_load_for_any_classes() -> None:
+    for classes in (["default"], ["batch", "interactive"]):
+        assert len(PolicyDirectory(shipped(), classes, VirtualClock()).load().policies) >= 4
