@@ -90,7 +90,7 @@ def _device_headroom_tokens(manifest: Manifest, record: StepRecord) -> float | M
     return free / manifest.activation_bytes_per_token
 
 
-_DERIVED: dict[str, Callable[[Manifest, StepRecord], Value | Missing]] = {
+DERIVED: dict[str, Callable[[Manifest, StepRecord], Value | Missing]] = {
     "kv_occupancy": _kv_occupancy,
     "kv_demand_ratio": _kv_demand_ratio,
     "tail_waste_ratio": _tail_waste_ratio,
@@ -128,7 +128,7 @@ def read_field(manifest: Manifest, record: StepRecord, signal: str) -> Value | M
     """One signal of the step record; None for a signal that is not an engine's."""
     if signal in manifest.unsupported_signals:
         return NOT_PROVIDED
-    field, derive = FIELD_OF.get(signal), _DERIVED.get(signal)
+    field, derive = FIELD_OF.get(signal), DERIVED.get(signal)
     value: Value | Missing | None
     if field is not None:
         value = record.get(field)

@@ -1,0 +1,54 @@
+"""Every signal of the catalogue has a source, and a field that is not there makes its signals missing."""
+
+from kvpilot.adapters.readings import DERIVED, FIELD_OF, HISTOGRAM_OF
+from kvpilot.adapters.valves import VALVE_SIGNALS
+from kvpilot.adapters.windows import Reading
+from kvpilot.link.fields import STEP_FIELDS
+from kvpilot.pilot import EXHAUSTION
+from kvpilot.signals import SIGNALS, Missing
+from pilot_world import MemoryValve, World, manifest
+
+
+def test_every_signal_has_exactly_one_source() -> None:
+    sources = [*FIELD_OF, *DERIVED, *HISTOGRAM_OF, *VALVE_SIGNALS, EXHAUSTION[0]]
+    assert sorted(sources) == sorted(SIGNALS)
+    assert set(FIELD_OF.values()) <= set(STEP_FIELDS)
+
+
+def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
+    world = World()
+    names = (*FIELD_OF.values(), "time_ns", "duration_ns", "tail_waste_tokens", "accepted_tokens_total")
+    world.start_engine(manifest(tuple(dict.fromkeys(names))))
+    MemoryValve(world)
+    assert world.hook is not None
+    for level in (0, 1):
+        world.hook.set_class(level, 0, 0)
+    world.tick(running=1, kv_blocks_free=60, kv_blocks_cached=10, tail_waste_tokens=48, device_free_bytes=5e6)
+    latest = world.pilot.board.latest
+    assert {name for (name, _), reading in latest.items() if isinstance(reading, Missing)} == {EXHAUSTION[0]}
+    value = {
+        name: reading.value for (name, c), reading in latest.items() if isinstance(reading, Reading) and not c
+    }
+    assert value["kv_occupancy"] == 0.3
+    assert value["tail_waste_ratio"] == 48 / (30 * 16)
+    assert value["device_headroom_tokens"] == 5000
+
+
+def test_an_engine_that_provides_nothing_has_no_numbers() -> None:
+    world = World()
+    world.start_engine(manifest(("time_ns", "steps_total")))
+    world.tick()
+    known = {
+        name
+        for (name, _), reading in world.pilot.board.latest.items()
+        if isinstance(reading, Reading) and name not in HISTOGRAM_OF
+    }
+    # Class rows are beside the step record, and this engine has not filled them.
+    assert known == {"steps"}
+
+
+def test_a_share_of_no_slots_is_missing_not_zero() -> None:
+    world = World()
+    world.start_engine()
+    world.tick(running=0)
+    assert world.pilot.board.latest["tail_waste_ratio", None] == Missing("no_samples")
