@@ -24,7 +24,8 @@ cheaper than attending to padding."""
 
 def grouped(spans: Sequence[Span], geometry: Geometry) -> Iterator[Sequence[Span]]:
     """Split single-token spans of consecutive rows into groups to be gathered together."""
-    budget_blocks = GATHER_BYTES // (geometry.block_floats * FLOAT_BYTES)
+    # A block may be larger than the budget; it is then gathered alone.
+    budget_blocks = max(1, GATHER_BYTES // (geometry.block_floats * FLOAT_BYTES))
     widths = [geometry.blocks_for(span.context) for span in spans]
     # As many groups as the budget asks for, of like size: a small rest costs a whole call.
     size = min(TILE_ROWS, -(-len(spans) // max(1, -(-sum(widths) // budget_blocks))))

@@ -63,7 +63,8 @@ class Footprint:
         """The largest step under these limits: as many tokens as allowed, every running sequence sampled."""
         rows = min(step_tokens, running * (1 + drafts))
         size = StepSize(step_tokens, rows, 2 * rows, min(running, step_tokens) * self.max_model_len)
-        return self.step_bytes(size, running if drafts else 0, step_tokens)
+        # What the draft lacks has nothing to do with the step's tokens: whole contexts, at the worst.
+        return self.step_bytes(size, running if drafts else 0, running * self.max_model_len)
 
     def geometries(self) -> list[Geometry]:
         return [

@@ -17,7 +17,7 @@ from kvengine.executor.torch import EagerExecutor
 from kvengine.memory import MIB, DeviceMemory
 from kvengine.model import weights
 from kvengine.model.config import ModelConfig
-from kvengine.model.footprint import Footprint
+from kvengine.model.footprint import DRAFT_CATCH_UP_TOKENS, Footprint
 from kvengine.model.llama import Llama
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.batch import Batch, Slice
@@ -165,3 +165,13 @@ def test_the_worst_step_is_what_the_limits_allow(engine) -> None:
     for slices in (full, prefill(1, 2048), decode(64, 0, 0.7, 0.9), decode(64, 4, 0.7, 0.9)):
         assert engine._step_bytes(slices, [piece for piece in slices if piece.drafts]) <= worst_bytes
     assert torch.get_num_threads() == 1
+
+
+def test_the_worst_small_step_has_a_draft_that_catches_up(engine) -> None:
+    """A budget below what the draft computes at once: its pass over a long prompt is then the worst step."""
+    worst_bytes = engine.footprint.worst_step_bytes(16, running=4, drafts=4)
+    late = decode(2, 4, 0.7, 0.9)
+    for piece in late:
+        piece.request.draft_computed = 0
+    assert sum(len(piece.request.tokens) for piece in late) > DRAFT_CATCH_UP_TOKENS
+    assert engine._step_bytes(late, late) <= worst_bytes

@@ -103,6 +103,13 @@ def test_groups_cover_all_in_order_and_fit_the_scratch(seed: int) -> None:
         assert len(group) <= TILE_ROWS
 
 
+def test_blocks_larger_than_a_gather_are_taken_one_sequence_at_a_time() -> None:
+    geometry = Geometry(8, 8, 128, 512)
+    assert geometry.block_floats * 4 > GATHER_BYTES
+    spans = [Span(row, 1, 9, [row]) for row in range(3)]
+    assert [list(group) for group in grouped(spans, geometry)] == [[span] for span in spans]
+
+
 def test_causal_mask_is_the_same_at_every_offset() -> None:
     scratch = Scratch(1, 300, torch.device("cpu"))
     for start, rows in [(0, 1), (0, 128), (17, 5), (172, 128), (299, 1)]:
