@@ -6,6 +6,7 @@ engine's own token times come back in one body (`kvpilot_times`), so a run of th
 costs about a millisecond of CPU a request here, and nothing that this process does can move a token's time.
 
 A shed request is tried again after `Retry-After`, as often as its class retries and while its patience lasts.
+(A 503 that names no time to come back is no shedding: an engine that ran out of memory, or died, says that.)
 Losing patience closes the connection, which is how an engine learns that nobody is waiting. Every arrival has
 exactly one outcome.
 """
@@ -23,8 +24,6 @@ from kvpilot.workload.outcome import Fate, Outcome
 
 CALLER_HEADER = "x-kvpilot-caller"
 """Carries `class/tenant`; the callers file must name it as its trusted header."""
-
-SHED_STATUSES = (429, 503)
 
 _DEFAULT_RETRY_AFTER_S = 1.0
 _MAX_RETRY_AFTER_S = 3600.0
@@ -53,6 +52,7 @@ class _Attempt:
 
     status: int | None = None
     body: Any = None
+    shed: bool = False
     retry_after_s: float = _DEFAULT_RETRY_AFTER_S
     error: str | None = None
 
@@ -130,7 +130,7 @@ class Clients:
         self.outcomes.append(self._outcome(arrival, fate, last, attempts, began_ns, sent_ns))
 
     def _try_again(self, last: _Attempt, attempts: int, began_ns: int, patience: Patience) -> bool:
-        if last.status not in SHED_STATUSES or attempts > patience.retries:
+        if not last.shed or attempts > patience.retries:
             return False
         waited_s = (self._clock.monotonic_ns() - began_ns) / NS
         return waited_s + last.retry_after_s < patience.answer_s
@@ -150,7 +150,7 @@ class Clients:
             response = await http.post(self._url, json=request, headers=caller)
         except httpx.HTTPError as error:
             return _Attempt(error=f"{type(error).__name__}: {error}"[:_ERROR_CHARS])
-        attempt = _Attempt(response.status_code, retry_after_s=_retry_after_s(response))
+        attempt = _Attempt(response.status_code, shed=_shed(response), retry_after_s=_retry_after_s(response))
         try:
             attempt.body = response.json()
         except ValueError:
@@ -177,7 +177,7 @@ class Clients:
 
 
 def _fate(arrival: Arrival, last: _Attempt) -> Fate:
-    if last.status in SHED_STATUSES:
+    if last.shed:
         return Fate.SHED
     return Fate.FAILED if _why_unusable(arrival, last) else Fate.FINISHED
 
@@ -199,6 +199,11 @@ def _why_unusable(arrival: Arrival, last: _Attempt) -> str | None:
 def _times(body: Any) -> tuple[int, tuple[tuple[int, int], ...]]:
     times = body["kvpilot"]
     return int(times["received_ns"]), tuple((int(at_ns), int(count)) for at_ns, count in times["emitted"])
+
+
+def _shed(response: httpx.Response) -> bool:
+    status = response.status_code
+    return status == 429 or (status == 503 and "retry-after" in response.headers)
 
 
 def _retry_after_s(response: httpx.Response) -> float:

@@ -12,7 +12,7 @@ class Fate(StrEnum):
     FINISHED = "finished"
     """All tokens asked for came back, with the engine's times."""
     SHED = "shed"
-    """The last answer was 429 or 503, and no retry was left or worth waiting for."""
+    """The last answer was 429, or 503 with a time to come back; no retry was left or worth waiting for."""
     FAILED = "failed"
     """An error, a broken connection, or an answer short of its tokens."""
     ABANDONED = "abandoned"

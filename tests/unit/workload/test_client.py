@@ -131,6 +131,17 @@ def test_a_senseless_retry_after_is_a_second(value: str) -> None:
     assert (outcome.fate, outcome.attempts) == (Fate.SHED, 1)
 
 
+def test_a_503_is_shed_only_where_it_says_when_to_come_back() -> None:
+    """A draining valve does; an engine that ran out of memory does not: that request failed, at once."""
+    body = b'{"error": {"message": "The engine ran out of device memory"}}'
+    retrying = Patience(30.0, retries=1)
+    (outcome,), _, _ = drive(lambda *_: (503, {"retry-after": "0"}, body), arrivals(1), retrying)
+    assert (outcome.fate, outcome.attempts) == (Fate.SHED, 2)
+    (outcome,), _, _ = drive(lambda *_: (503, {}, body), arrivals(1), retrying)
+    assert (outcome.fate, outcome.attempts) == (Fate.FAILED, 1)
+    assert outcome.error == "The engine ran out of device memory"
+
+
 def test_lost_patience_closes_the_connection() -> None:
     (outcome,), server, _ = drive(lambda *_: None, arrivals(1), Patience(0.05))
     assert outcome.fate is Fate.ABANDONED
