@@ -96,11 +96,9 @@ class Callers:
     def _parse(cls, raw: Any, data: bytes) -> "Callers":
         if not isinstance(raw, dict):
             raise CallersError("must hold one JSON object")
-        unknown = sorted(set(raw) - {"classes", "default", "header", "keys", "tenants"})
+        unknown = sorted(raw.keys() - _ENTRIES)
         if unknown:
-            raise CallersError(
-                f"unknown entry {unknown[0]!r}; known: classes, default, header, keys, tenants"
-            )
+            raise CallersError(f"unknown entry {unknown[0]!r}; known: {', '.join(sorted(_ENTRIES))}")
         classes = raw.get("classes")
         if not isinstance(classes, dict):
             raise CallersError(

@@ -209,7 +209,8 @@ class LeaseBook:
         if slot is None and words != (0, 0):
             return self._unreadable("no valid table in the controls page")
         self.error = None
-        self._words = words
+        # A slot that is not whole yet is looked at again: its CRC may land after its sequence.
+        self._words = words if slot is None or slot.sequence == max(words) else None
         if slot is not None:
             self._learn(slot, now_ns)
         self._read_ns = now_ns

@@ -182,6 +182,21 @@ def test_falling_back_to_the_older_slot_is_no_renewal(scene: Scene) -> None:
     assert scene.read(2 + TTL) == []
 
 
+def test_a_slot_whose_sequence_lands_first_is_read_once_it_is_whole(scene: Scene) -> None:
+    """As on a machine that reorders stores: the old table holds until the new one's CRC does."""
+    scene.read(0)
+    scene.write(8)
+    assert scene.read(1) == [8]
+    before = bytes(scene.controls.page)
+    scene.write(9)
+    after = bytes(scene.controls.page)
+    slot = HEADER_BYTES + SLOT_BYTES * (scene.controls.writer.sequence % 2)
+    scene.controls.page[slot + 8 : slot + SLOT_BYTES] = before[slot + 8 : slot + SLOT_BYTES]
+    assert scene.read(2) == [8]
+    scene.controls.page[:] = after
+    assert scene.read(3) == [9]
+
+
 def test_a_page_that_was_never_written_is_no_error(scene: Scene) -> None:
     scene.read(0)
     assert scene.book.error is None
