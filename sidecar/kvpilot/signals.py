@@ -83,6 +83,7 @@ SIGNALS: dict[str, Signal] = _table(
     Signal("waiting_prompt_tokens", "gauge", "tokens", _COUNT, "engine", "Prompt tokens of waiting requests.", True),
     # KV memory.
     Signal("kv_occupancy", "gauge", "ratio", _RATIO, "engine", "Referenced KV blocks over all KV blocks."),
+    Signal("kv_demand_ratio", "gauge", "ratio", (0.0, 1e6), "engine", "KV blocks held and those that waiting prompts need, over all KV blocks."),
     Signal("kv_free_blocks", "gauge", "blocks", _COUNT, "engine", "KV blocks that nothing holds."),
     Signal("kv_cached_blocks", "gauge", "blocks", _COUNT, "engine", "Unreferenced KV blocks kept for reuse."),
     Signal("kv_shared_blocks", "gauge", "blocks", _COUNT, "engine", "KV blocks that more than one sequence reads."),

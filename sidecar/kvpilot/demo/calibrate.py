@@ -19,8 +19,8 @@ from kvpilot.workload.arrival import Speed
 
 PROMPT_TOKENS = 1_024
 PROMPT_REPEATS = 3
-BATCH = 16
-BATCH_PROMPT_TOKENS = 160
+BATCH = 24
+BATCH_PROMPT_TOKENS = (120, 120, 120, 700)
 BATCH_OUTPUT_TOKENS = 64
 
 
@@ -58,14 +58,17 @@ async def calibrate(base_url: str, model: str, prompt: Any) -> Calibration:
         await ask(64, 8, 0)
         alone = [await ask(PROMPT_TOKENS, 1, seed) for seed in range(PROMPT_REPEATS)]
         together = await asyncio.gather(
-            *(ask(BATCH_PROMPT_TOKENS, BATCH_OUTPUT_TOKENS, seed) for seed in range(BATCH))
+            *(
+                ask(BATCH_PROMPT_TOKENS[seed % len(BATCH_PROMPT_TOKENS)], BATCH_OUTPUT_TOKENS, seed // 4)
+                for seed in range(BATCH)
+            )
         )
     prefill_s = statistics.median((t["emitted"][0][0] - t["received_ns"]) / NS for t in alone)
     begin_ns = max(t["emitted"][0][0] for t in together)
     end_ns = min(t["emitted"][-1][0] for t in together)
     tokens = sum(count for t in together for at_ns, count in t["emitted"] if begin_ns < at_ns <= end_ns)
     if end_ns <= begin_ns or tokens == 0:
-        raise DemoError("the engine never decoded a full batch while measuring: is --max-running below 16?")
+        raise DemoError("the engine never decoded a full batch while measuring: is --max-running below 24?")
     decode_tokens_per_s = tokens * NS / (end_ns - begin_ns)
     return Calibration(Speed(PROMPT_TOKENS / prefill_s, decode_tokens_per_s), BATCH / decode_tokens_per_s)
 
@@ -74,6 +77,6 @@ def slos(calibration: Calibration) -> dict[str, Slo]:
     """Targets relative to the machine: a few full-batch steps a token, a few prompts' time to the first."""
     step_s, prompt_token_s = calibration.step_s, 1.0 / calibration.speed.prefill_tokens_per_s
     return {
-        "batch": Slo(ttft_s=400 * step_s, itl_s=10 * step_s, ttft_s_per_prompt_token=8 * prompt_token_s),
-        "interactive": Slo(ttft_s=60 * step_s, itl_s=3 * step_s, ttft_s_per_prompt_token=4 * prompt_token_s),
+        "batch": Slo(ttft_s=600 * step_s, itl_s=15 * step_s, ttft_s_per_prompt_token=8 * prompt_token_s),
+        "interactive": Slo(ttft_s=60 * step_s, itl_s=4 * step_s, ttft_s_per_prompt_token=4 * prompt_token_s),
     }

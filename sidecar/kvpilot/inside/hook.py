@@ -43,8 +43,13 @@ def with_hook_fields(manifest: Manifest) -> Manifest:
     """`manifest` with the fields that the hook fills by itself at the end of the record."""
     engine = [field for field in manifest.fields if not _is_hooks(field)]
     own = [STEP_FIELDS[name] for name in HOOK_FIELDS]
-    echoes = [knob_field(knob.name, knob.unit) for knob in manifest.knobs]
+    echoes = [knob_field(knob.name, knob.unit) for knob in _engines_knobs(manifest)]
     return replace(manifest, fields=(*engine, *own, *echoes))
+
+
+def _engines_knobs(manifest: Manifest) -> list[ManifestKnob]:
+    """Without those that the valve puts in force: an engine cannot say what is in force there."""
+    return [knob for knob in manifest.knobs if knob.name not in KNOBS or KNOBS[knob.name].where == "engine"]
 
 
 def _is_hooks(field: Field) -> bool:
@@ -81,8 +86,8 @@ class StepHook:
         page: WritablePage | None = None,
         controls_file: ControlsFile | None = None,
     ) -> None:
-        self._knobs = {knob.name: knob for knob in manifest.knobs}
-        self.baselines: Values = {knob.name: _as_counted(knob, knob.baseline) for knob in manifest.knobs}
+        self._knobs = {knob.name: knob for knob in _engines_knobs(manifest)}
+        self.baselines: Values = {name: _as_counted(knob, knob.baseline) for name, knob in self._knobs.items()}
         self._telemetry = telemetry
         self._read_controls = read_controls
         self._page = page

@@ -102,6 +102,10 @@ class _Token(NamedTuple):
     offset: int
 
 
+LOWEST = "lowest"
+"""`slo.lowest.ttft` is the target of the lowest class, whatever its name: shipped policies know no names."""
+
+
 def compile_expression(
     text: str, inputs: Mapping[str, Signal | None], wanted: Wanted, classes: Sequence[str] | None = None
 ) -> Expression:
@@ -156,7 +160,7 @@ def _is_slo(name: str, classes: Sequence[str] | None) -> bool:
         case ["slo", target]:
             return target in _SLO_TARGETS
         case ["slo", klass, target]:
-            return target in _SLO_TARGETS and (classes is None or klass in classes)
+            return target in _SLO_TARGETS and (classes is None or klass == LOWEST or klass in classes)
     return False
 
 
