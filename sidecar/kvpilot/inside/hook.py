@@ -87,7 +87,9 @@ class StepHook:
         controls_file: ControlsFile | None = None,
     ) -> None:
         self._knobs = {knob.name: knob for knob in _engines_knobs(manifest)}
-        self.baselines: Values = {name: _as_counted(knob, knob.baseline) for name, knob in self._knobs.items()}
+        self.baselines: Values = {
+            name: _as_counted(knob, knob.baseline) for name, knob in self._knobs.items()
+        }
         self._telemetry = telemetry
         self._read_controls = read_controls
         self._page = page

@@ -173,6 +173,18 @@ def test_the_engine_never_fills_the_hooks_fields() -> None:
     assert [f.name for f in with_hook_fields(full).fields] == [f.name for f in full.fields]
 
 
+def test_an_engine_does_not_speak_for_the_valve() -> None:
+    """What is shed is in force in the valve: no value of it in the record, and no lease on it obeyed here."""
+    shed = ManifestKnob("shed_fraction", "ratio", 0.0, 1.0, 0.0, 0.01, "by the valve")
+    engine = Engine(knobs=(*manifest().knobs, shed))
+    engine.write(("shed_fraction", 0.5))
+    assert engine.step() == BASELINES
+    seen = echo(engine)
+    assert "knob.shed_fraction" not in seen
+    assert seen["controls_ignored_total"] == 1
+    assert engine.reader.manifest.knob("shed_fraction") == shed
+
+
 def test_without_the_environment_a_hook_is_silent_and_harmless(caplog: pytest.LogCaptureFixture) -> None:
     hook = StepHook.open(manifest(), {})
     assert not hook.enabled
