@@ -3,8 +3,9 @@
     CoreProcess.start(config)     in the API process
     python -m kvengine.process FD in the core process, FD being its end of the channel
 
-The core outlives nothing: when the API process dies the channel closes and the loop ends. Ctrl-C reaches the
-whole process group; the core ignores it and ends with the API process, after its clients were told.
+The core outlives nothing: when the API process dies the channel closes and the loop ends. Ctrl-C, and a
+service manager's SIGTERM, reach every process; the core ignores both and ends with the API process, once that
+has drained.
 """
 
 import logging
@@ -85,7 +86,8 @@ def _first(channel: Channel) -> Any:
 
 def main() -> None:
     """Run a core until its API process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from fake_engine import eventually
 
 START_S = 60
 MODEL = "kvpilot-tiny"
@@ -182,6 +183,25 @@ def test_a_killed_server_leaves_no_core_behind() -> None:
     engine.child.kill()
     engine.child.communicate(timeout=30)
     assert _ended(core)
+
+
+def test_a_core_ends_with_its_server_and_not_by_a_signal_to_all() -> None:
+    """Ctrl-C, or a service manager's SIGTERM to every process: the server drains, which needs the core."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "kvengine.process", str(theirs.fileno())]
+    with ours, theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as core:
+        theirs.close()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        eventually(lambda: all(_ignored_signals(core.pid) >> (number - 1) & 1 for number in numbers))
+        for number in numbers:
+            core.send_signal(number)
+        ours.close()
+        assert core.wait(30) == 0
+
+
+def _ignored_signals(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("SigIgn:")[2].split()[0], 16)
 
 
 def _ended(pidfd: int) -> bool:
