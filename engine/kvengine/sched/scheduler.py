@@ -81,6 +81,7 @@ class Scheduler:
         self._prefill_left = knobs.prefill_chunk_tokens
         self._schedule_decodes(knobs.speculative_tokens)
         self._schedule_prompts()
+        self._cover_drafts()
         self._admit(knobs, now_ns)
         self.budget_limited = self._budget_left == 0
         return Batch(self._slices)
@@ -113,20 +114,25 @@ class Scheduler:
                 return
             if not request.blocks:  # Preempted for one before it.
                 continue
-            # One token comes out whatever is drafted: drafts past the last token would be waste.
-            wanted = min(drafts, request.output_left - 1)
-            if wanted and not self.tables.cover(request, request.computed + 1 + wanted):
-                wanted = 0
             while not self.tables.cover(request, request.computed + 1):
                 if not self._make_room(request):
                     break
             else:
+                # One token comes out whatever is drafted: drafts past the last token would be waste.
+                wanted = min(drafts, request.output_left - 1)
                 self._serve(Slice(request, request.computed, 1, wanted, samples=True, decode=True))
 
     def _spare_for_drafts(self, decodes: int) -> int:
         """Tokens that drafts may use: what decodes leave, but half of it if a prompt waits for that."""
         spare = self._budget_left - decodes
         return spare // 2 if self.waiting or decodes < len(self.running) else spare
+
+    def _cover_drafts(self) -> None:
+        """Blocks for drafts, from what running requests leave; where there are none, nothing is drafted."""
+        for item in self._slices:
+            if item.drafts and not self.tables.cover(item.request, item.start + 1 + item.drafts):
+                self._budget_left += item.drafts
+                item.drafts = 0
 
     def _schedule_prompts(self) -> None:
         # Preemption only takes from the end of the list, so that walking it meanwhile is safe.

@@ -117,6 +117,18 @@ def test_drafts_are_given_up_before_anybody_is_preempted() -> None:
     assert engine.preemptions_total == 0
 
 
+def test_drafts_of_one_request_do_not_cost_another_its_kv() -> None:
+    """One block is left: the first could draft into it, the second needs it for its next token."""
+    engine = scheduler(blocks=3)
+    engine.add(request(1, prompt=2))
+    engine.add(request(2, prompt=4))
+    run(engine)
+    assert engine.pool.free == 1
+    batch = run(engine, replace(KNOBS, speculative_tokens=3))
+    assert served(batch) == {1: 1, 2: 4}
+    assert engine.preemptions_total == 0
+
+
 def test_growth_is_on_demand() -> None:
     """A request holds the blocks of what it has computed, not of what it may ask for."""
     engine = scheduler()
