@@ -29,7 +29,7 @@ from kvengine.config import (
 from kvengine.errors import ConfigError, EngineError, StartError
 from kvengine.frontend import EngineClient
 from kvengine.model.config import ModelConfig
-from kvengine.model.tokenizer import Tokenizer, TokenizerError
+from kvengine.model.tokenizer import Tokenizer
 from kvengine.process import LOG_FORMAT, CoreProcess
 from kvengine.server import ServedModel, Server
 
@@ -102,7 +102,7 @@ def serve(
         _serve(config, host, port)
     except (ConfigError, CallersError) as error:
         _give_up(error, 2)
-    except (EngineError, TokenizerError) as error:
+    except EngineError as error:
         _give_up(error, 1)
 
 

@@ -93,10 +93,6 @@ class Server:
             prompt = self._encode(self._tokenizer.encode, body.prompt)
         else:
             prompt = body.prompt
-            if not all(0 <= token < self._model.vocabulary for token in prompt):
-                raise BadRequest(
-                    f"prompt: token ids go from 0 to {self._model.vocabulary - 1}", param="prompt"
-                )
         return await self._respond(request, body, prompt, received_ns, TextAnswer)
 
     async def chat(self, request: Request) -> Response:
@@ -110,6 +106,9 @@ class Server:
     async def _respond(
         self, request: Request, body: Body, prompt: list[int], received_ns: int, kind: type[Answer]
     ) -> Response:
+        # A tokenizer may know tokens that its model lacks; one of them would fail the step of everybody.
+        if prompt and not 0 <= min(prompt) <= max(prompt) < self._model.vocabulary:
+            raise BadRequest(f"prompt: token ids go from 0 to {self._model.vocabulary - 1}", param="prompt")
         # What does not fit is for the core to refuse, in one place and with its reason.
         asked = body.asked_tokens or max(1, self._model.max_tokens - len(prompt))
         level, tenant = self._tag(request)

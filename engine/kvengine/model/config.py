@@ -108,9 +108,9 @@ class ModelConfig:
 
 
 def _from_hugging_face(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    architectures = raw.get("architectures") or []
+    architectures = str(raw.get("architectures") or "unnamed")
     if raw.get("model_type") != "llama" and "LlamaForCausalLM" not in architectures:
-        kind = raw.get("model_type") or ", ".join(map(str, architectures)) or "unnamed"
+        kind = raw.get("model_type") or architectures.strip("[']")
         raise StartError(f"{path}: a {kind} model; this engine runs LlamaForCausalLM")
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
@@ -135,7 +135,7 @@ def _from_hugging_face(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise StartError(f"{path}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise StartError(f"{path}: {error}") from error
     _check_shape(config, path)
     return config
@@ -164,6 +164,8 @@ def _check_shape(config: ModelConfig, path: Path) -> None:
 def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
     """Older files hold `rope_theta` and `rope_scaling`, newer ones one `rope_parameters`."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling={rope!r}: must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise StartError(f"{path}: rope scaling {kind!r} is not supported; use a model without it")

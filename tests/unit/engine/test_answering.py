@@ -32,11 +32,11 @@ def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 class Api:
     """A server without a socket; `core` is the other end of its channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = 259) -> None:
         ours, theirs = socket.socketpair()
         self.core = Channel(theirs)
         self.engine = EngineClient(Channel(ours))
-        model = ServedModel("tiny", 259, 512)
+        model = ServedModel("tiny", vocabulary, 512)
         self.app = Server(self.engine, Tokenizer.load(SHIPPED_TARGET), model, VirtualClock()).app()
 
     async def call(self, receive: Callable[[], Awaitable[Message]]) -> list[Message]:
@@ -60,8 +60,8 @@ class Api:
 
 
 @asynccontextmanager
-async def api() -> AsyncIterator[Api]:
-    one = Api()
+async def api(**options: int) -> AsyncIterator[Api]:
+    one = Api(**options)
     one.engine.attach()
     try:
         yield one
@@ -105,6 +105,14 @@ async def test_a_client_that_leaves_during_its_upload_is_no_failure_of_the_serve
     async with api() as one:
         half = {"type": "http.request", "body": b'{"prompt"', "more_body": True}
         await one.call(receiving(half, GONE))
+        assert one.core.receive() == []
+
+
+@in_a_loop
+async def test_text_of_tokens_that_the_model_lacks_is_refused_and_fails_nobodys_step() -> None:
+    async with api(vocabulary=ord("o")) as one:
+        start, _body = await one.call(receiving(body(prompt="once")))
+        assert start["status"] == 400
         assert one.core.receive() == []
 
 

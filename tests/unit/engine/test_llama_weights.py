@@ -109,6 +109,12 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(d, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
         "rope scaling 'linear' is not supported",
     ),
+    "rope is no object": (
+        lambda d: edit(d, rope_parameters=None, rope_scaling="linear"),
+        "must be an object",
+    ),
+    "no architectures": (lambda d: edit(d, model_type=None, architectures=5), "a 5 model"),
+    "endless": (lambda d: edit(d, vocab_size=float("inf")), "infinity"),
     "biases": (lambda d: edit(d, attention_bias=True), "attention_bias is not supported"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "reads safetensors only"),
     "weights are no safetensors": (
