@@ -26,17 +26,20 @@ class Scenario:
     summary: str
     load: float
     engine_arguments: tuple[str, ...] = ()
-    external_memory: str | None = None
-    """`AMOUNT@SECONDS` taken by a neighbour in each leg; see `kvengine serve --help`."""
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "burst": Scenario("burst", "a bursty two-class load on the engine's own memory plan", load=1.0),
+    "burst": Scenario(
+        "burst",
+        "a bursty two-class load on the engine's own memory plan",
+        load=1.1,
+        engine_arguments=("--memory", "96MiB"),
+    ),
     "oversubscribed": Scenario(
         "oversubscribed",
         "an operator's mistake: KV memory leaves no room for the worst step, and a neighbour moves in",
-        load=1.0,
-        engine_arguments=("--kv-fraction", "0.9"),
+        load=0.8,
+        engine_arguments=("--memory", "64MiB", "--kv-fraction", "0.85", "--external-memory", "2MiB@1s"),
     ),
 }
 
