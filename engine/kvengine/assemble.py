@@ -27,6 +27,7 @@ from kvengine.model import weights
 from kvengine.model.config import ModelConfig
 from kvengine.model.footprint import Footprint
 from kvengine.model.llama import Llama
+from kvengine.model.tokenizer import Tokenizer
 from kvengine.sched.admission import Limits
 from kvengine.sched.scheduler import Scheduler
 from kvengine.telemetry import Telemetry, provided_fields
@@ -71,7 +72,7 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
     scheduler = Scheduler(BlockPool(memory_plan.blocks), config.block_size, len(config.classes))
     limits = Limits(max_model_len, memory_plan.kv_tokens)
     lengths = LengthPredictor(limits.tokens)
-    core = Core(scheduler, executor, limits, frozenset(target.eos_token_ids), lengths, clock)
+    core = Core(scheduler, executor, limits, Tokenizer.load(config.model).eos_ids, lengths, clock)
     manifest = build_manifest(
         config,
         memory_plan,

@@ -45,7 +45,6 @@ class ModelConfig:
     norm_eps: float
     max_positions: int
     tied_embeddings: bool
-    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def query_width(self) -> int:
@@ -131,7 +130,6 @@ def _from_hugging_face(raw: Mapping[str, Any], path: Path) -> ModelConfig:
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             max_positions=int(raw.get("max_position_embeddings", 2048)),
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            eos_token_ids=_token_ids(raw.get("eos_token_id")),
         )
     except KeyError as error:
         raise StartError(f"{path}: {error.args[0]} is missing") from error
@@ -175,9 +173,3 @@ def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
 def _flash_floats(head_dim: int) -> int:
     """What torch's attention on a CPU allocates for itself, a thread: tiles of 32 queries by 512 keys."""
     return 32 * (512 + 2 + head_dim)
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(int(one) for one in value) if isinstance(value, list) else (int(value),)
