@@ -19,7 +19,7 @@ from kvpilot.workload.arrival import Speed
 
 PROMPT_TOKENS = 1_024
 PROMPT_REPEATS = 3
-BATCH = 24
+BATCH = 16
 BATCH_PROMPT_TOKENS = (120, 120, 120, 700)
 BATCH_OUTPUT_TOKENS = 64
 
@@ -68,7 +68,7 @@ async def calibrate(base_url: str, model: str, prompt: Any) -> Calibration:
     end_ns = min(t["emitted"][-1][0] for t in together)
     tokens = sum(count for t in together for at_ns, count in t["emitted"] if begin_ns < at_ns <= end_ns)
     if end_ns <= begin_ns or tokens == 0:
-        raise DemoError("the engine never decoded a full batch while measuring: is --max-running below 24?")
+        raise DemoError("the engine never decoded a full batch while measuring: is --max-running below 16?")
     decode_tokens_per_s = tokens * NS / (end_ns - begin_ns)
     return Calibration(Speed(PROMPT_TOKENS / prefill_s, decode_tokens_per_s), BATCH / decode_tokens_per_s)
 

@@ -32,6 +32,8 @@ MODEL = "kvpilot-tiny"
 CLASSES = {"batch": 0, "interactive": 1}
 TENANTS = sorted({tenant for mix in generator.CLASSES for tenant, _ in mix.tenants})
 RETRIES = {"batch": 0, "interactive": 2}
+MEASURED_WITH = {"prefill_chunk_tokens": 512.0}
+"""An oversubscribed engine must survive being measured; prompt tokens a second hardly depend on it."""
 DRAIN_S = 10.0
 SETTLE_S = 30.0
 LOOK_NS = NS // 10
@@ -73,10 +75,12 @@ class Flight:
         arguments += self._scenario.engine_arguments
         self._engine = Process("engine", arguments, self._folder / "engine.log", self._environ)
         await self._engine.wait_until_answers(f"{self.url}/health", self._clock, within_s=60)
-        self.calibration = await calibrate(self.url, MODEL, prompt)
-        self.slos = slos(self.calibration)
         assert self._place is not None
         self.instruments = Instruments(self._place)
+        async with held(MEASURED_WITH, self._place, self.instruments.nonce, self._clock):
+            await self._until_in_force(MEASURED_WITH)
+            self.calibration = await calibrate(self.url, MODEL, prompt)
+        self.slos = slos(self.calibration)
         self._write_pilot_config()
 
     async def stop(self) -> None:
@@ -164,6 +168,7 @@ class Flight:
         assert self._place is not None
         if leg.kind == "static":
             async with held(leg.knobs, self._place, self.instruments.nonce, self._clock):
+                await self._until_in_force(leg.knobs)
                 yield None
         elif leg.kind == "off":
             yield None
@@ -181,6 +186,16 @@ class Flight:
         async with httpx.AsyncClient(timeout=5.0, trust_env=False) as http:
             status = (await http.get(f"{self._pilot_url}/status")).json()
         return int(status["actions"])
+
+    async def _until_in_force(self, knobs: Mapping[str, float]) -> None:
+        """Wait until the engine echoes these values. Raises DemoError."""
+        deadline_ns = self._clock.monotonic_ns() + round(SETTLE_S * NS)
+        while self._clock.monotonic_ns() < deadline_ns:
+            self.instruments.poll()
+            if self.instruments.moved_knobs() == knobs:
+                return
+            await self._clock.sleep_until(self._clock.monotonic_ns() + LOOK_NS)
+        raise DemoError(f"the engine did not take {dict(knobs)} within {SETTLE_S:g} s; see its log")
 
     async def _settle(self) -> None:
         """Wait until nothing runs or waits and every knob is at its baseline.
