@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import frame
-import kvengine
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+import kvengine
 from kvengine.executor.torch import EagerExecutor
 from kvengine.memory import DeviceMemory
 from kvengine.model import weights
@@ -27,9 +31,6 @@ from kvengine.model.config import ModelConfig
 from kvengine.model.llama import Llama
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.batch import Batch, Slice
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 TARGET = Path(kvengine.__file__).parent / "weights" / "target"
 BATCHES = (1, 8, 32)

@@ -6,8 +6,8 @@ Four measurements:
 - the same as a share of real steps of 4 ms and more, and tokens/s of the reference engine with the link and
   without it, interleaved, beside the noise of two legs that are the same;
 - the pilot's CPU share and memory at 10 Hz beside that engine;
-- the time from the step record that crosses a threshold (`for: 0s`) to the one that echoes the new value, less
-  one tick and one step, with a stand-in engine that steps every 5 ms through the real hook.
+- the time from the step record that crosses a threshold (`for: 0s`) to the one that echoes the new value,
+  less one tick and one step, with a stand-in engine that steps every 5 ms through the real hook.
 """
 
 import argparse
@@ -27,18 +27,22 @@ from typing import Any
 
 import psutil
 from frame import Bar, run
+
 from kvpilot.clock import NS, SystemClock
 from kvpilot.demo.processes import free_port
 from kvpilot.inside.hook import StepHook
 from kvpilot.link.controls import Lease, Scope
 from kvpilot.link.fields import HOOK_FIELDS, STEP_FIELDS
 from kvpilot.link.files import open_controls
+from kvpilot.link.following import newest_telemetry
 from kvpilot.link.manifest import Manifest, ManifestKnob
 from kvpilot.link.place import LinkPlace
 
 TICK_S = 0.1
 STEP_S = 0.005
 HERE = Path(__file__).parent
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""The link lives on a memory volume."""
 POLICIES = HERE.parent / "policies"
 
 KNOBS = (
@@ -72,7 +76,7 @@ def manifest() -> Manifest:
 
 def hook_us(batch: int, steps: int) -> list[float]:
     """CPU microseconds of each step's hook calls: knobs in, a latency a sequence, record out."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         environ = link_environ(Path(folder))
         hook = StepHook.open(manifest(), environ=environ, clock=SystemClock())
         assert hook.enabled
@@ -87,7 +91,6 @@ def hook_us(batch: int, steps: int) -> list[float]:
                 record = hook.itl[1].record
                 for sequence in range(batch):
                     record(5_000_000 + sequence)
-                hook.step.record(5_000_000)
                 hook.end_step(values)
                 costs.append((time.thread_time_ns() - begin) / 1e3)
             renewing.terminate()
@@ -101,9 +104,11 @@ def renew() -> None:
     clock = SystemClock()
     place = LinkPlace.from_environ(os.environ)
     assert place is not None
+    page = newest_telemetry(place.telemetry_directory(0), place.uids)
+    assert page is not None
     writer, _page = open_controls(place, 0, clock)
     for renewal in range(1, 1_000_000):
-        writer.write([Lease("speculative_tokens", Scope(), 2.0, 5 * NS, renewal)])
+        writer.write([Lease("speculative_tokens", Scope(), 2.0, 5 * NS, renewal)], page.header.nonce)
         time.sleep(TICK_S)
 
 
@@ -162,7 +167,7 @@ spec:
 
 def reaction_ms(crossings: int) -> list[float]:
     """Milliseconds beyond one tick and one step, for each crossing. Negative: faster than the worst phase."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         folder = Path(name)
         environ = link_environ(folder)
         (folder / "policies").mkdir()
@@ -268,7 +273,7 @@ def beside_an_engine(quick: bool) -> dict[str, Any]:
     rounds, tokens, seconds = (3, 150, 6.0) if quick else (9, 300, 20.0)
     rates: dict[str, list[float]] = {"with": [], "without": [], "without again": []}
     steps: list[float] = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         folder = Path(name)
         environ = link_environ(folder)
         with (

@@ -30,7 +30,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # noqa: ANN201
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """In CI, a skip for any reason but those the project allows is a failure: green must mean run."""
     outcome = yield
     report = outcome.get_result()
@@ -39,4 +39,5 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
     if hasattr(report, "wasxfail") or ALLOWED_SKIPS & {mark.name for mark in item.iter_markers()}:
         return
     report.outcome = "failed"
-    report.longrepr = f"skipped in CI: {report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr}"
+    why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+    report.longrepr = f"skipped in CI: {why}"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import httpx
 import uvicorn
 from fake_executor import VOCABULARY, FakeExecutor
+
 from kvengine.channel import Channel
 from kvengine.config import SHIPPED_TARGET, EngineConfig
 from kvengine.core import Core

@@ -8,9 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from kvpilot.clock import Clock
-from kvpilot.inside.hook import StepHook
-from kvpilot.inside.lengths import LengthPredictor
 
 from kvengine.channel import Channel
 from kvengine.config import EngineConfig
@@ -31,6 +28,9 @@ from kvengine.model.tokenizer import Tokenizer
 from kvengine.sched.admission import Limits
 from kvengine.sched.scheduler import Scheduler
 from kvengine.telemetry import Telemetry, provided_fields
+from kvpilot.clock import Clock
+from kvpilot.inside.hook import StepHook
+from kvpilot.inside.lengths import LengthPredictor
 
 
 @dataclass(frozen=True, slots=True)

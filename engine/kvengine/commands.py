@@ -14,9 +14,6 @@ from typing import Annotated, Any
 
 import typer
 import uvicorn
-from kvpilot.clock import SystemClock
-from kvpilot.inside.callers import Callers, CallersError
-from kvpilot.inside.valve import Valve
 
 from kvengine.config import (
     SHIPPED_DRAFT,
@@ -32,6 +29,9 @@ from kvengine.model.config import ModelConfig
 from kvengine.model.tokenizer import Tokenizer
 from kvengine.process import LOG_FORMAT, CoreProcess
 from kvengine.server import ServedModel, Server
+from kvpilot.clock import SystemClock
+from kvpilot.inside.callers import Callers, CallersError
+from kvpilot.inside.valve import Valve
 
 DRAIN_S = 10
 """A stopping server lets requests in flight finish for this long."""

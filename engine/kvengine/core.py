@@ -12,15 +12,14 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvpilot.clock import Clock
-from kvpilot.inside.lengths import LengthPredictor
-
 from kvengine.errors import DeviceOutOfMemory
 from kvengine.request import Request
 from kvengine.sched.admission import Limits, refusal
 from kvengine.sched.batch import Batch, Slice, SliceResult
 from kvengine.sched.scheduler import Knobs, Scheduler
 from kvengine.totals import Totals
+from kvpilot.clock import Clock
+from kvpilot.inside.lengths import LengthPredictor
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,6 @@ To it: `["out", emitted_ns, [[id, tokens, finish or null, first_scheduled_ns, pr
 import logging
 from typing import Any, Protocol
 
-from kvpilot.clock import NS, Clock
-
 from kvengine.channel import Channel
 from kvengine.config import ExternalMemory
 from kvengine.core import Core, Step
@@ -21,6 +19,7 @@ from kvengine.errors import ChannelClosed
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.scheduler import Knobs
 from kvengine.telemetry import Telemetry
+from kvpilot.clock import NS, Clock
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,11 @@ less (the watermark, a share, goes up to the whole pool). `shed_fraction` is app
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
+from kvengine.config import EngineConfig
+from kvengine.kv.plan import Plan
 from kvpilot.knobs import KNOBS
 from kvpilot.link.fields import STEP_FIELDS
 from kvpilot.link.manifest import Manifest, ManifestKnob
-
-from kvengine.config import EngineConfig
-from kvengine.kv.plan import Plan
 
 AT_STEP = "at the next step boundary"
 

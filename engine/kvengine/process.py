@@ -16,11 +16,10 @@ import subprocess
 import sys
 from typing import Any
 
-from kvpilot.clock import SystemClock
-
 from kvengine.channel import Channel
 from kvengine.config import EngineConfig
 from kvengine.errors import ChannelClosed, EngineError, StartError
+from kvpilot.clock import SystemClock
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 

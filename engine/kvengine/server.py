@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
-from kvpilot.clock import NS, Clock
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -26,6 +25,7 @@ from kvengine.answer import Answer, ChatAnswer, TextAnswer
 from kvengine.frontend import CORE_GONE, EngineClient, Generation, GenerationError
 from kvengine.model.tokenizer import Tokenizer, TokenizerError
 from kvengine.protocol import BadRequest, Body, ChatBody, CompletionBody, error_body, parse, sampling
+from kvpilot.clock import NS, Clock
 
 MAX_BODY_BYTES = 4 << 20
 CLIENT_GONE_STATUS = 499

@@ -9,14 +9,13 @@ nothing.
 from collections import Counter
 from typing import Protocol
 
+from kvengine.core import Core, Step
+from kvengine.sched.scheduler import Knobs
 from kvpilot.inside.hook import StepHook
 from kvpilot.inside.lengths import LengthPredictor
 from kvpilot.link.fields import HORIZONS, QUANTILES
 from kvpilot.link.telemetry import TenantRow
 from kvpilot.link.telemetry_page import MAX_TENANTS
-
-from kvengine.core import Core, Step
-from kvengine.sched.scheduler import Knobs
 
 SCAN_STEPS = 16
 

@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from link_pages import manifest
+
 from kvpilot.clock import SystemClock, VirtualClock
 from kvpilot.inside.hook import StepHook
 from kvpilot.link.files import open_controls
@@ -17,7 +19,6 @@ from kvpilot.link.following import ControlsFile, newest_telemetry, open_pages
 from kvpilot.link.page import LinkError
 from kvpilot.link.place import LinkPlace
 from kvpilot.link.telemetry import TelemetryReader
-from link_pages import manifest
 
 NS = 10**9
 TESTS = Path(__file__).parents[1]

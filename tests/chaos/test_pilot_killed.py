@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from kvpilot.clock import NS, SystemClock
 from kvpilot.demo.instruments import Instruments
 from kvpilot.demo.processes import Process, free_port

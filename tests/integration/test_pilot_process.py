@@ -17,11 +17,12 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
 from kvpilot.clock import NS, SystemClock
 from kvpilot.inside.hook import StepHook
 from kvpilot.link.fields import STEP_FIELDS
 from kvpilot.link.manifest import Manifest, ManifestKnob
-from prometheus_client.parser import text_string_to_metric_families
 
 PATIENCE_S = 30.0
 STEP_S = 0.005

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fake_engine import MODEL, FakeEngine, eventually, fake_engine
 from fake_executor import expected_output
+
 from kvengine.errors import DeviceOutOfMemory
 
 

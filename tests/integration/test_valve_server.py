@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from kvpilot.clock import NS, SystemClock
 from kvpilot.link.controls import ControlsWriter, Lease, Scope
 from kvpilot.link.files import open_controls

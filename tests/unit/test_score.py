@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.clock import NS
 from kvpilot.score import EngineTotals, Slo, is_good, quantile, score, smoothness
 from kvpilot.workload.arrival import Arrival

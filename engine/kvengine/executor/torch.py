@@ -8,7 +8,6 @@ nine times slower.
 from collections.abc import Sequence
 
 import torch
-from kvkernels.scratch import Scratch
 from torch import Tensor
 
 from kvengine.errors import DeviceOutOfMemory, StartError
@@ -21,6 +20,7 @@ from kvengine.model.footprint import Footprint
 from kvengine.model.llama import Llama, Span
 from kvengine.sched.batch import Batch, Slice, SliceResult
 from kvengine.spec.draft import Proposal, propose, settle
+from kvkernels.scratch import Scratch
 
 
 class EagerExecutor:

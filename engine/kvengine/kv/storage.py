@@ -4,8 +4,9 @@ Zeroed at the start: attention multiplies hidden positions by zero, and zero tim
 """
 
 import torch
-from kvkernels.geometry import Geometry
 from torch import Tensor
+
+from kvkernels.geometry import Geometry
 
 
 class KvStorage:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvkernels.geometry import TILE_ROWS
-
 from kvengine.errors import StartError
 from kvengine.kv.plan import StepMemory
+from kvkernels.geometry import TILE_ROWS
 
 FLOAT_BYTES = 4
 INDEX_BYTES = 8

@@ -6,10 +6,9 @@ what torch really allocates by a test.
 
 from dataclasses import dataclass
 
-from kvkernels.geometry import FLOAT_BYTES, Geometry, mask_floats, scratch_floats
-
 from kvengine.kv.plan import StepMemory, StepSize
 from kvengine.model.config import INDEX_BYTES, ModelConfig
+from kvkernels.geometry import FLOAT_BYTES, Geometry, mask_floats, scratch_floats
 
 DRAFT_CATCH_UP_TOKENS = 512
 """The most that a draft computes in one pass, unless two tokens a sequence are more; see `spec.draft`."""

@@ -12,10 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from kvkernels import attention
-from kvkernels.geometry import Geometry
-from kvkernels.geometry import Span as AttentionSpan
-from kvkernels.scratch import Scratch, indices
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -23,6 +19,10 @@ from kvengine.kv.storage import KvStorage
 from kvengine.model.config import ModelConfig
 from kvengine.model.weights import LlamaWeights
 from kvengine.model.workspace import Workspace
+from kvkernels import attention
+from kvkernels.geometry import Geometry
+from kvkernels.geometry import Span as AttentionSpan
+from kvkernels.scratch import Scratch, indices
 
 
 @dataclass(slots=True)

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from kvengine.kv.storage import KvStorage
 from kvengine.model.config import ModelConfig
 from kvengine.model.llama import Llama, Span
 from kvengine.model.weights import pack
 from kvkernels.scratch import Scratch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 BLOCKS = 64
 

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any
 
 import pytest
+
 from kvengine.channel import Channel
 from kvengine.config import SHIPPED_TARGET
 from kvengine.frontend import EngineClient, GenerationError

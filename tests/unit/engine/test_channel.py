@@ -4,6 +4,7 @@ import socket
 import threading
 
 import pytest
+
 from kvengine.channel import Channel
 from kvengine.errors import ChannelClosed
 

@@ -5,6 +5,7 @@ from fake_executor import FakeExecutor, expected_output
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from kvengine.core import Core
 from kvengine.errors import DeviceOutOfMemory
 from kvengine.kv.pool import BlockPool

@@ -5,6 +5,7 @@ import random
 from itertools import islice
 
 import pytest
+
 from kvengine.model import domains
 from kvengine.model.domains import DOMAINS, DomainTextMissing, log_lines, prompt, source_files
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import Tensor
+
 from kvengine.executor.emission import judged
 from kvengine.model.llama import Span
 from kvengine.request import Request, SamplingParams
 from kvengine.spec import draft
 from kvengine.spec.draft import propose, settle
-from torch import Tensor
 
 VOCAB, BLOCK = 6, 4
 Settle = Callable[[Sequence[Request], Sequence[int], Sequence[int]], None]

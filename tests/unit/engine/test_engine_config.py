@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from kvengine.config import EngineConfig, ExternalMemory, parse_bytes, parse_external
 from kvengine.errors import ConfigError
 

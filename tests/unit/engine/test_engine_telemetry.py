@@ -4,6 +4,7 @@ import os
 
 import pytest
 from fake_executor import FakeExecutor, Reading
+
 from kvengine.config import EngineConfig
 from kvengine.core import Core
 from kvengine.errors import DeviceOutOfMemory

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from llamas import engine_model, reference_model
+
 from kvengine.errors import DeviceOutOfMemory, StartError
 from kvengine.executor.torch import EagerExecutor
 from kvengine.memory import MIB, DeviceMemory
@@ -13,7 +15,6 @@ from kvengine.model.llama import Llama
 from kvengine.model.weights import LlamaWeights
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.batch import Batch, Slice, SliceResult
-from llamas import engine_model, reference_model
 
 BLOCKS, BLOCK_SIZE = 80, 16
 

@@ -4,8 +4,9 @@ import random
 
 import pytest
 import torch
-from kvengine.model.llama import Span
 from llamas import Bench, engine_model, reference_model
+
+from kvengine.model.llama import Span
 
 TOLERANCE = 1e-5
 TOKENS = [random.Random(1).randrange(97) for _ in range(120)]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from llamas import Bench, reference_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
 from kvengine.errors import StartError
 from kvengine.model import weights
 from kvengine.model.config import ModelConfig
 from kvengine.model.llama import Llama
-from llamas import Bench, reference_model
-from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
 TOKENS = [random.Random(5).randrange(97) for _ in range(40)]
 

@@ -10,9 +10,11 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import kvengine
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+import kvengine
 from kvengine.executor.torch import EagerExecutor
 from kvengine.memory import MIB, DeviceMemory
 from kvengine.model import weights
@@ -21,7 +23,6 @@ from kvengine.model.footprint import DRAFT_CATCH_UP_TOKENS, Footprint
 from kvengine.model.llama import Llama
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.batch import Batch, Slice
-from torch.profiler import ProfilerActivity, profile
 
 WEIGHTS = Path(kvengine.__file__).parent / "weights"
 BLOCKS, BLOCK_SIZE = 4096, 16

@@ -1,6 +1,7 @@
 """What a device's memory is divided into: exact arithmetic."""
 
 import pytest
+
 from kvengine.errors import ConfigError, StartError
 from kvengine.kv.plan import StepMemory, StepSize, plan
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from kvengine.errors import PoolError
 from kvengine.kv.pool import BlockPool
 from kvengine.kv.table import BlockTables, blocks_for

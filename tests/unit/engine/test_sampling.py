@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvengine.model.sampling import probs, sample
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from kvengine.kv.pool import BlockPool
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.admission import Limits, WaitingQueue, fits, refusal

@@ -4,9 +4,10 @@ draft pays on one domain and not on the other."""
 from collections.abc import Iterator
 from pathlib import Path
 
-import kvengine
 import pytest
 import torch
+
+import kvengine
 from kvengine.executor.torch import EagerExecutor
 from kvengine.memory import MIB, DeviceMemory
 from kvengine.model import weights

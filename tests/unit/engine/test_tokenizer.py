@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kvengine.model.tokenizer import Detokenizer, Tokenizer, TokenizerError
-from kvengine.model.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE, tokenizer_files
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
+
+from kvengine.model.tokenizer import Detokenizer, Tokenizer, TokenizerError
+from kvengine.model.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE, tokenizer_files
 
 SHIPPED = Path(__file__).parents[3] / "engine/kvengine/weights/target"
 

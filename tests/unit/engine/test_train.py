@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kvengine.kv.storage import KvStorage
 from kvengine.model import weights
 from kvengine.model.config import ModelConfig

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from kvengine.model.sampling import one_hot, sample
 from kvengine.spec.verify import leading, verify
-from torch import Tensor
 
 V, K, N = 8, 3, 400_000
 CRITICAL_63 = 103.4  # chi-square, 63 degrees of freedom, alpha = 1e-3

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.inside.callers import MAX_NAME_BYTES, Callers, CallersError, Tag
 from kvpilot.link.controls import Lease, Scope, decode_slot, encode_slot
 

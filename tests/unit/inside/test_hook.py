@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from link_pages import IDENTITY, NONCE, Controls, manifest, read_at
+
 from kvpilot.clock import VirtualClock
 from kvpilot.inside.hook import StepHook, with_hook_fields
 from kvpilot.link.controls import Lease, Scope
 from kvpilot.link.fields import HOOK_FIELDS, KNOB_PREFIX
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.link.telemetry import TelemetryReader, TelemetryWriter, plan_page
-from link_pages import IDENTITY, NONCE, Controls, manifest, read_at
 
 NS = 10**9
 BASELINES = {"max_running": 32, "prefill_chunk_tokens": 512, "admission_watermark": 0.95}

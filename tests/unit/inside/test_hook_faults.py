@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from link_pages import IDENTITY, manifest
+
 from kvpilot.clock import VirtualClock
 from kvpilot.inside import hook as hook_module
 from kvpilot.inside.hook import StepHook
@@ -20,7 +22,6 @@ from kvpilot.link.histogram import HistogramWriter
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.link.records import FrameWriter
 from kvpilot.link.telemetry import TelemetryWriter
-from link_pages import IDENTITY, manifest
 
 NS = 10**9
 BASELINES = {"max_running": 32, "prefill_chunk_tokens": 512, "admission_watermark": 0.95}

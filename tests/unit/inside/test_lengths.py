@@ -6,6 +6,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.inside.lengths import WINDOW, LengthPredictor
 from kvpilot.link.fields import HORIZONS
 

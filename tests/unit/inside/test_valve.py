@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvpilot.clock import NS, SystemClock, VirtualClock
 from kvpilot.inside.callers import Tag
 from kvpilot.inside.valve import Valve

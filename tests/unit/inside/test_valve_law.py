@@ -6,6 +6,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvpilot.clock import NS
 from kvpilot.inside.valve_law import OPENING_NS, SHED_FRACTION, ValveLaw
 from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, Lease, Scope

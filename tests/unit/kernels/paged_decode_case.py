@@ -5,6 +5,7 @@ difference.
 import random
 
 import torch
+
 from kvkernels import reference
 from kvkernels.geometry import Geometry, Span
 from kvkernels.paged_decode import PagedDecode

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from kvkernels import attention, reference
 from kvkernels.cpu import grouped
 from kvkernels.geometry import GATHER_BYTES, TILE_ROWS, Geometry, Span

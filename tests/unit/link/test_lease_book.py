@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from link_pages import NONCE, Controls
+
 from kvpilot.link.controls import SLOT_BYTES, TTL_MAX_NS, Lease, LeaseBook, Scope
 from kvpilot.link.page import HEADER_BYTES
-from link_pages import NONCE, Controls
 
 NS = 10**9
 TTL = 2 * NS

@@ -6,6 +6,8 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from link_pages import IDENTITY, NONCE, Controls
+
 from kvpilot.link.controls import (
     CONTROLS_BYTES,
     MAX_LEASES,
@@ -18,7 +20,6 @@ from kvpilot.link.controls import (
     newest_slot,
 )
 from kvpilot.link.page import HEADER_BYTES, LinkError
-from link_pages import IDENTITY, NONCE, Controls
 
 NAMES = st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1, max_size=32)
 SCOPES = st.one_of(

@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 
 import pytest
+from link_pages import IDENTITY, manifest
+
 from kvpilot.clock import VirtualClock
 from kvpilot.link import locks
 from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, Lease, LeaseBook, Scope
@@ -14,7 +16,6 @@ from kvpilot.link.following import ControlsFile, newest_telemetry, open_pages
 from kvpilot.link.page import LinkError
 from kvpilot.link.place import LinkPlace
 from kvpilot.link.trust import open_directory, open_page, trusted_uids
-from link_pages import IDENTITY, manifest
 
 NS = 10**9
 UIDS = frozenset({os.geteuid()})

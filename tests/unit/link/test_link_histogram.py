@@ -5,6 +5,8 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from link_pages import read_at
+
 from kvpilot.link.histogram import (
     BUCKETS,
     HISTOGRAM_WORDS,
@@ -15,7 +17,6 @@ from kvpilot.link.histogram import (
     bucket_index,
     read_histogram,
 )
-from link_pages import read_at
 
 MEASURED = st.integers(100_000, 1_000_000_000_000)
 

@@ -1,6 +1,7 @@
 """Silence is classified, not assumed."""
 
 import pytest
+
 from kvpilot.link.liveness import WEDGED_AFTER_S, classify
 
 AT_WORK = {"lock_held": True, "running": 3, "waiting": 1, "seconds_since_step": 0.01, "p99_step_s": 0.05}

@@ -5,6 +5,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.link.page import HEADER_BYTES, Identity, LinkError, PageHeader
 
 HEADER = PageHeader("telemetry", 4096, 7, Identity("host", "abc", 1, 2), 100, 5, 64, 16, (256, 512))

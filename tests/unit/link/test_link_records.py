@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.link.fields import STEP_FIELDS, Field
 from kvpilot.link.records import Frame, FrameWriter, StepLayout
 

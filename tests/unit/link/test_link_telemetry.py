@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from link_pages import IDENTITY, NONCE, Telemetry, manifest, read_at
+
 from kvpilot.link.fields import STEP_FIELDS, Field, knob_field
 from kvpilot.link.page import HEADER_BYTES, LinkError, PageHeader
 from kvpilot.link.telemetry import TelemetryReader, TelemetryWriter, TenantRow, plan_page
 from kvpilot.link.telemetry_page import MAX_CLASSES, MAX_TENANTS, PAGE_MAX_BYTES, RING_RECORDS
-from link_pages import IDENTITY, NONCE, Telemetry, manifest, read_at
 
 
 def sequences(records: list) -> list[int]:

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.link.page import Identity, LinkError
 from kvpilot.link.valve_page import (
     MAX_ROWS,

@@ -1,5 +1,7 @@
 """Verdicts come from echoes: what the engine has read, and what it then reports."""
 
+from pilot_world import IDENTITY, KNOBS, manifest
+
 from kvpilot.adapters.actuator import Actuator
 from kvpilot.adapters.engine import Sight
 from kvpilot.adapters.pages import Controls
@@ -8,7 +10,6 @@ from kvpilot.clock import NS
 from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, Scope, newest_slot
 from kvpilot.link.records import StepRecord
 from kvpilot.policy.outcome import LeaseWish
-from pilot_world import IDENTITY, KNOBS, manifest
 
 CHUNK = ("prefill_chunk_tokens", Scope("all"))
 SHED = ("shed_fraction", Scope("class_at_most", 1))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import stamina
+
 from kvpilot.alerts.body import Alert, fingerprint, webhook_body
 from kvpilot.alerts.herald import Herald
 from kvpilot.alerts.outbox import QUEUE_ALERTS, TRIES, Outbox

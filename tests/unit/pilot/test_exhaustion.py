@@ -6,6 +6,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.clock import NS
 from kvpilot.forecast.exhaustion import MOST_SAMPLES, KvExhaustion, theil_sen
 from kvpilot.signals import Missing

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
 from kvpilot.journal.records import (
     DecisionRecord,
     EffectRecord,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pilot_world import World, policy
+
 from kvpilot.api.client import SocketError, ask
 from kvpilot.api.operate import OperatingSocket
 from kvpilot.flight import Flight
-from pilot_world import World, policy
 
 
 def socket_of(world: World, path: Path) -> OperatingSocket:

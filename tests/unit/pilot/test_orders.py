@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from kvpilot.clock import NS, VirtualClock
 from kvpilot.journal.records import OverrideRecord, Record, SwitchRecord
 from kvpilot.link.controls import Scope

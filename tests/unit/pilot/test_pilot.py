@@ -5,6 +5,8 @@ import json
 import math
 
 import pytest
+from pilot_world import MemoryValve, World, manifest, policy
+
 from kvpilot.adapters.adoption import Adopted
 from kvpilot.clock import NS
 from kvpilot.config import Arm
@@ -12,7 +14,6 @@ from kvpilot.journal.records import DecisionRecord, EventRecord, VerdictRecord
 from kvpilot.link.controls import Scope
 from kvpilot.pilot import TICK_NS, fly
 from kvpilot.policy.outcome import LeaseWish
-from pilot_world import MemoryValve, World, manifest, policy
 
 SHED = "{knob: shed_fraction, set: 0.5, scope: {classAtMost: 0}}"
 

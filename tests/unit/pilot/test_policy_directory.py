@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from pilot_world import policy
+
 from kvpilot.clock import VirtualClock
 from kvpilot.policy.load import PolicyErrors
 from kvpilot.policy_directory import PolicyDirectory, shipped
-from pilot_world import policy
 
 
 @pytest.fixture

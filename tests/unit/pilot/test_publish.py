@@ -7,6 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+from pilot_world import MemoryValve, World, policy
+from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse
+
 from kvpilot.alerts.outbox import Outbox
 from kvpilot.api.http import HttpError, build_app, listen
 from kvpilot.clock import NS
@@ -16,10 +21,6 @@ from kvpilot.journal.writer import JournalWriter
 from kvpilot.policy_directory import PolicyDirectory
 from kvpilot.publish.prometheus import BUCKETS_S, metric_name
 from kvpilot.signals import SIGNALS
-from pilot_world import MemoryValve, World, policy
-from prometheus_client import CollectorRegistry
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from prometheus_client.parser import text_string_to_metric_families as parse
 
 
 def flight(world: World, folder: Path) -> Flight:

@@ -1,12 +1,13 @@
 """Every signal of the catalogue has a source, and a field that is not there makes its signals missing."""
 
+from pilot_world import MemoryValve, World, manifest
+
 from kvpilot.adapters.readings import DERIVED, FIELD_OF, HISTOGRAM_OF
 from kvpilot.adapters.valves import VALVE_SIGNALS
 from kvpilot.adapters.windows import Reading
 from kvpilot.link.fields import STEP_FIELDS
 from kvpilot.pilot import EXHAUSTION
 from kvpilot.signals import SIGNALS, Missing
-from pilot_world import MemoryValve, World, manifest
 
 
 def test_every_signal_has_exactly_one_source() -> None:

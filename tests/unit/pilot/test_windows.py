@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.adapters.windows import MOST_READINGS, Reading, Value, Windows
 from kvpilot.clock import NS
 from kvpilot.link.histogram import BUCKETS, HistogramSnapshot, bucket_index

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+
 from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.context import Context, Override

@@ -5,6 +5,7 @@ import pytest
 from cel_expr_python import cel
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.policy.expr import MAX_LENGTH, Expression, ExpressionError, compile_expression
 from kvpilot.signals import SIGNALS, Missing
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.link.controls import Scope
 from kvpilot.policy.load import PolicyErrors, load_policies, load_text
 from kvpilot.policy.rules import Policy

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvpilot.policy.series import MAX_SAMPLES, NOTHING, STALE, SeriesError, parse_series
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from kvpilot.policy.load import load_with_tests
 from kvpilot.policy.testing import check, run_case, run_tests
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvpilot.workload.arrival import Speed
 from kvpilot.workload.azure import TraceError, TraceRow, parse_azure, read_azure, scale
 from kvpilot.workload.generator import CLASSES

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from kvpilot.clock import SystemClock, VirtualClock
 from kvpilot.workload.arrival import Arrival
 from kvpilot.workload.client import Clients, Patience

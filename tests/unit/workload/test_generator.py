@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvpilot.workload.arrival import Arrival, Speed
 from kvpilot.workload.generator import BATCH, CLASSES, INTERACTIVE, Burst, Lengths, generate
 
