@@ -1,4 +1,4 @@
-"""`kvpilot demo` as a newcomer runs it: real engine, real pilot, real clients. Whether bars hold is for `bench/`."""
+"""`kvpilot demo` as a newcomer runs it: real engine, pilot and clients. Whether bars hold is for `bench/`."""
 
 import json
 import subprocess
