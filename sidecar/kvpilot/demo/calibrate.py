@@ -77,6 +77,6 @@ def slos(calibration: Calibration) -> dict[str, Slo]:
     """Targets relative to the machine: a few full-batch steps a token, a few prompts' time to the first."""
     step_s, prompt_token_s = calibration.step_s, 1.0 / calibration.speed.prefill_tokens_per_s
     return {
-        "batch": Slo(ttft_s=600 * step_s, itl_s=15 * step_s, ttft_s_per_prompt_token=8 * prompt_token_s),
-        "interactive": Slo(ttft_s=60 * step_s, itl_s=4 * step_s, ttft_s_per_prompt_token=4 * prompt_token_s),
+        "batch": Slo(ttft_s=900 * step_s, itl_s=24 * step_s, ttft_s_per_prompt_token=8 * prompt_token_s),
+        "interactive": Slo(ttft_s=90 * step_s, itl_s=6 * step_s, ttft_s_per_prompt_token=4 * prompt_token_s),
     }

@@ -123,13 +123,14 @@ class Flight:
             self._screen.begin_leg()
             running = asyncio.create_task(clients.run(arrivals, DRAIN_S))
             try:
-                await self._watch(running, leg, seconds)
+                await self._watch(running, leg, seconds, pilot is not None)
                 outcomes = await running
             finally:
                 running.cancel()
                 self._screen.end_leg()
             if pilot is not None:
-                actions = await self._actions()
+                # Knob changes that the pilot made, as its own status counts them.
+                actions = int((await self._status())["actions"])
         await self._settle()
         diff = {field: self.instruments.count(field) - before[field] for field in COUNTERS}
         totals = EngineTotals(
@@ -147,12 +148,18 @@ class Flight:
             **asdict(result),
         }
 
-    async def _watch(self, running: "asyncio.Task[Any]", leg: Leg, seconds: float) -> None:
-        began_ns = self._clock.monotonic_ns()
+    async def _watch(self, running: "asyncio.Task[Any]", leg: Leg, seconds: float, piloted: bool) -> None:
+        """Show the leg while it runs; the pilot is asked twice a second what it holds, and why."""
+        began_ns = asked_ns = self._clock.monotonic_ns()
+        why: list[str] = []
         while not running.done():
             now_ns = self._clock.monotonic_ns()
+            if piloted and now_ns >= asked_ns:
+                asked_ns = now_ns + NS // 2
+                why = _reasons(await self._status())
             self.instruments.poll()
-            self._screen.show(leg.name, (now_ns - began_ns) / NS, seconds, self.instruments.state())
+            state = {**self.instruments.state(), "why": why}
+            self._screen.show(leg.name, (now_ns - began_ns) / NS, seconds, state)
             await self._clock.sleep_until(now_ns + LOOK_NS)
 
     def _patience(self) -> dict[str, Patience]:
@@ -181,11 +188,10 @@ class Flight:
             finally:
                 await pilot.stop()
 
-    async def _actions(self) -> int:
-        """Knob changes that the pilot made, as its own status counts them."""
+    async def _status(self) -> dict[str, Any]:
         async with httpx.AsyncClient(timeout=5.0, trust_env=False) as http:
-            status = (await http.get(f"{self._pilot_url}/status")).json()
-        return int(status["actions"])
+            status: dict[str, Any] = (await http.get(f"{self._pilot_url}/status")).json()
+        return status
 
     async def _until_in_force(self, knobs: Mapping[str, float]) -> None:
         """Wait until the engine echoes these values. Raises DemoError."""
@@ -219,3 +225,13 @@ class Flight:
             f"the engine did not come to rest within {SETTLE_S:g} s: knobs away from baseline: "
             f"{self.instruments.moved_knobs() or 'none'}; see {self._folder / 'engine.log'}"
         )
+
+
+def _reasons(status: Mapping[str, Any]) -> list[str]:
+    """What the pilot holds now, one line a lease: the knob, its value, and the rule that holds it."""
+    return [
+        f"{lease['knob']} {lease['value']:g}"
+        + ("" if lease["scope"] == "all" else f" for {lease['scope']}")
+        + f"   {lease['policy']} / {lease['rule']}"
+        for lease in status["leases"]
+    ]

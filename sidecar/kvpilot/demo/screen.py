@@ -69,7 +69,9 @@ def _panel(leg: str, elapsed_s: float, seconds: float, state: Mapping[str, Any])
         baseline = state["baselines"][name]
         moved = value != baseline
         knobs.add_row(name, f"{value:g}", f"(baseline {baseline:g})", style="yellow" if moved else "dim")
-    return Group(head, rows, knobs)
+    if not state["why"]:
+        return Group(head, rows, knobs)
+    return Group(head, rows, knobs, Text("the pilot holds", style="bold"), *map(Text, state["why"]))
 
 
 def _bar(ratio: float) -> Text:
