@@ -114,7 +114,12 @@ class ControlsFile:
             self._follow()
         if self._fd is None:
             return None
-        size = os.preadv(self._fd, self._into, 0)
+        try:
+            size = os.preadv(self._fd, self._into, 0)
+        except OSError as error:
+            # Weather, not a bug of ours: leases run out meanwhile, and the next look opens the file anew.
+            self._give_up(error)
+            return None
         return self._page if size == CONTROLS_BYTES else self._page[:size]
 
     def _follow(self) -> None:
@@ -132,8 +137,11 @@ class ControlsFile:
             self.close()
             self.error = None
         except (LinkError, OSError) as error:
-            self.close()
-            self.error = f"{self.path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            self._give_up(error)
+
+    def _give_up(self, error: LinkError | OSError) -> None:
+        self.close()
+        self.error = f"{self.path}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
     def _open(self) -> int:
         handle = trust.open_directory(self.path.parent, self._uids)

@@ -1,5 +1,6 @@
 """Whatever breaks inside the hook, the engine never notices: baselines return, one warning, no exception."""
 
+import errno
 import logging
 import mmap
 import os
@@ -177,6 +178,31 @@ def test_a_failure_while_stepping(
     assert step(hook, NS + 2) == BASELINES
     assert len(caplog.records) == 1
     assert "baselines are in force" in caplog.text
+    hook.close()
+
+
+def test_controls_that_cannot_be_read_for_a_while_let_leases_run_out_and_no_more(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An input/output error is weather, not a failure of the hook: it steps on, and obeys again after."""
+    hook = StepHook.open(manifest(), environ, VirtualClock())
+    renew = steered(hook, environ)
+    step(hook, 0)
+    renew(1)
+    step(hook, NS // 10)
+
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", failing)
+        assert step(hook, NS // 2) == BASELINES | {"max_running": 8}
+        assert step(hook, 3 * NS) == BASELINES
+    assert hook.enabled
+    assert caplog.text.count("Input/output error") == 1
+    step(hook, 5 * NS)
+    renew(2)
+    assert step(hook, 5 * NS + NS // 2) == BASELINES | {"max_running": 8}
     hook.close()
 
 

@@ -267,6 +267,26 @@ def test_a_controls_page_cut_short_under_its_reader_reads_short(place: LinkPlace
     file.close()
 
 
+def test_a_read_that_fails_once_is_an_error_until_the_file_is_opened_anew(
+    place: LinkPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = Planted(place.controls_directory(0))
+    planted.regular()
+    file = ControlsFile(planted.path, UIDS)
+    assert file.read(0) is not None
+
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", failing)
+        assert file.read(1) is None
+    assert file.error == f"{planted.path}: Input/output error"
+    assert len(file.read(NS) or b"") == CONTROLS_BYTES
+    assert file.error is None
+    file.close()
+
+
 def test_controls_of_another_size_are_made_anew(place: LinkPlace) -> None:
     Planted(place.controls_directory(0)).path.write_bytes(b"an older format")
     writer, page = open_controls(place, 0, VirtualClock())
