@@ -101,9 +101,17 @@ class ValveLaw:
             if self._unreadable_ns is None:
                 self._unreadable_ns = now_ns
             return
-        self._unreadable_ns = None
+        if self._unreadable_ns is not None:
+            self._settle(self._unreadable_ns, now_ns)
+            self._unreadable_ns = None
         if changed:
             self._take(now_ns)
+
+    def _settle(self, unreadable_ns: int, now_ns: int) -> None:
+        """Readable again: what ran out meanwhile lapsed when reading failed, and goes on opening from there."""
+        for one in self._sheddings:
+            if one.expires_ns <= now_ns:
+                one.expires_ns = min(one.expires_ns, unreadable_ns)
 
     def _take(self, now_ns: int) -> None:
         """Bring what sheds in line with the leases in force."""

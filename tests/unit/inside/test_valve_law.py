@@ -206,6 +206,17 @@ class TestLapse:
         assert law.page_error is None
         assert law.fraction(0, "", 12 * NS) == 0.8  # readable again, and the lease has not run out
 
+    @pytest.mark.parametrize("readable_s", [3, 4, 8, 11, 12, 40])
+    def test_a_page_readable_again_after_the_term_does_not_shut_what_has_opened(
+        self, readable_s: int
+    ) -> None:
+        """Unreadable from 2 s, run out at 3 s: it opens from 2 s on, whatever is read later."""
+        law, pilot = shedding((ALL, 0.8))
+        law.observe(b"", 2 * NS)
+        law.observe(bytes(pilot.page), readable_s * NS)
+        expected = 0.8 * max(1 - (readable_s - 2) / 10, 0)
+        assert law.fraction(0, "", readable_s * NS) == pytest.approx(expected)
+
     @given(
         st.binary(max_size=200), st.integers(0, CONTROLS_BYTES), st.lists(st.integers(0, 10**12), max_size=5)
     )
