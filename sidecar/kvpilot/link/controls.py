@@ -182,6 +182,7 @@ class LeaseBook:
         self._words: tuple[int, int] | None = None
         self._read_ns: int | None = None
         self._slot_sequence = 0
+        """Highest seen of this writer; `_renewals` are its table's."""
         self._renewals: dict[_Key, int] = {}
         self._expiries: dict[_Key, tuple[int, Lease]] = {}
         self.sequence = 0
@@ -213,7 +214,9 @@ class LeaseBook:
         self._words = words if slot is None or slot.sequence == max(words) else None
         if slot is not None:
             self._learn(slot, now_ns)
-        self._read_ns = now_ns
+        if self._words is not None:
+            # Half a look is none: how long a slot that is not whole has lain there nobody can say.
+            self._read_ns = now_ns
         return True
 
     def _unreadable(self, why: str) -> bool:
@@ -226,11 +229,13 @@ class LeaseBook:
 
     def _learn(self, slot: Slot, now_ns: int) -> None:
         """Compare a table with the one seen before it."""
-        if slot.sequence == self._slot_sequence:
+        if self._slot_sequence - 1 <= slot.sequence <= self._slot_sequence:
+            # Nothing new, or what the other slot still holds while damage hides the newest: no news, and its
+            # counters are not remembered, or the end of the damage would look like a renewal.
             return
-        # A table older than one already seen is what damage, or a writer that began anew, left: no news.
-        older = slot.sequence < self._slot_sequence
-        pause_ns = None if older or self._read_ns is None else now_ns - self._read_ns
+        # Older than both slots ever were: a writer began anew, and what it has written so far is history.
+        anew = slot.sequence < self._slot_sequence
+        pause_ns = None if anew or self._read_ns is None else now_ns - self._read_ns
         self._slot_sequence = slot.sequence
         self.ignored["malformed"] += slot.ignored
         if slot.nonce != self._nonce:

@@ -183,6 +183,51 @@ def test_falling_back_to_the_older_slot_is_no_renewal(scene: Scene) -> None:
     assert scene.read(2 + TTL) == []
 
 
+@pytest.mark.parametrize("flips", [0x02, 0xF0])
+def test_a_slot_that_goes_bad_and_good_again_is_no_renewal(scene: Scene, flips: int) -> None:
+    """The pilot is dead; whichever table shows, nobody has renewed anything."""
+    scene.read(0)
+    for value in (7, 8, 9):
+        scene.write(value)
+        scene.read(value)
+    newest = HEADER_BYTES + SLOT_BYTES * (scene.controls.writer.sequence % 2)
+    for half_second in (1, 2, 3):
+        scene.controls.page[newest] ^= flips
+        assert scene.read(half_second * NS // 2) == [9]
+    scene.controls.page[newest] ^= flips
+    assert scene.book.sequence == scene.controls.writer.sequence
+    assert scene.read(9 + TTL) == []
+
+
+def test_a_slot_first_whole_long_after_its_sequence_was_seen_is_history(scene: Scene) -> None:
+    """Its pilot may have died writing it: when it was written nobody saw."""
+    scene.read(0)
+    scene.write(8)
+    scene.read(1)
+    scene.write(9)
+    newest = HEADER_BYTES + SLOT_BYTES * (scene.controls.writer.sequence % 2)
+    scene.controls.page[newest + 9] ^= 1
+    for tenth in range(1, 40):
+        scene.read(tenth * NS // 10)
+    scene.controls.page[newest + 9] ^= 1
+    assert scene.read(4 * NS) == []
+    scene.write(9)
+    assert scene.read(4 * NS + 1) == [9]
+
+
+@pytest.mark.parametrize("earlier", [3, 4, 100])
+def test_a_writer_that_began_anew_is_obeyed_from_its_second_renewal(scene: Scene, earlier: int) -> None:
+    """Its page was replaced: its count starts at 1 again."""
+    for now_ns in range(earlier):
+        scene.write(8)
+        scene.read(now_ns)
+    scene.controls = Controls()
+    scene.write(9)
+    assert scene.read(earlier) == [8]
+    scene.write(9)
+    assert scene.read(earlier + 1) == [9]
+
+
 def test_a_slot_whose_sequence_lands_first_is_read_once_it_is_whole(scene: Scene) -> None:
     """As on a machine that reorders stores: the old table holds until the new one's CRC does."""
     scene.read(0)
