@@ -19,7 +19,7 @@ from typing import ParamSpec
 
 from kvpilot.clock import NS, Clock, SystemClock
 from kvpilot.knobs import KNOBS
-from kvpilot.link.controls import LeaseBook
+from kvpilot.link.controls import LeaseBook, Scope
 from kvpilot.link.fields import HOOK_FIELDS, KNOB_PREFIX, STEP_FIELDS, Field, knob_field
 from kvpilot.link.files import WritablePage, open_telemetry
 from kvpilot.link.following import ControlsFile
@@ -99,7 +99,8 @@ class StepHook:
         """Exceptions of our own kept from the engine: 0 or 1, since the first one disables the hook."""
         self._book = LeaseBook(telemetry.nonce) if telemetry else None
         self._warned: str | None = None
-        self._invalid = 0
+        self._invalid: frozenset[tuple[str, Scope, float]] = frozenset()
+        self._invalid_total = 0
         self._values = self.baselines
         self._echo = (0, 0, *self.baselines.values())
         engines = [f.name for f in manifest.fields if not _is_hooks(f)]
@@ -218,14 +219,19 @@ class StepHook:
     def _apply(self, book: LeaseBook, now_ns: int) -> None:
         """Leases in force become values in force."""
         values = dict(self.baselines)
+        invalid = set()
         for lease in book.in_force(now_ns):
             knob = self._knobs.get(lease.knob)
             if knob is None or lease.scope.kind != "all":
-                self._invalid += 1
+                invalid.add((lease.knob, lease.scope, lease.value))
             else:
                 values[lease.knob] = value_in_force(knob, lease.value)
+        if invalid or self._invalid:
+            # Counted when it appears or changes: renewals, many a second, say nothing new.
+            self._invalid_total += len(invalid - self._invalid)
+            self._invalid = frozenset(invalid)
         self._values = values
-        self._echo = (book.sequence, book.ignored.total() + self._invalid, *values.values())
+        self._echo = (book.sequence, book.ignored.total() + self._invalid_total, *values.values())
 
     def _guarded(self, call: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> None:
         if not self.enabled:

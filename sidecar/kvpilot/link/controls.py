@@ -183,6 +183,7 @@ class LeaseBook:
         self._read_ns: int | None = None
         self._slot_sequence = 0
         """Highest seen of this writer; `_renewals` are its table's."""
+        self._malformed = 0
         self._renewals: dict[_Key, int] = {}
         self._expiries: dict[_Key, tuple[int, Lease]] = {}
         self.sequence = 0
@@ -237,7 +238,8 @@ class LeaseBook:
         anew = slot.sequence < self._slot_sequence
         pause_ns = None if anew or self._read_ns is None else now_ns - self._read_ns
         self._slot_sequence = slot.sequence
-        self.ignored["malformed"] += slot.ignored
+        self.ignored["malformed"] += max(0, slot.ignored - self._malformed)
+        self._malformed = slot.ignored
         if slot.nonce != self._nonce:
             self.ignored["foreign"] += 1
             self._renewals = {}

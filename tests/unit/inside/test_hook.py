@@ -127,6 +127,24 @@ def test_what_makes_no_sense_is_ignored_counted_and_shown(knob: str, value: floa
     assert echo(engine)["controls_ignored_total"] == 1
 
 
+@pytest.mark.parametrize(("knob", "value"), [("no_such_knob", 1.0), ("max_running", float("nan"))])
+def test_an_invalid_lease_is_counted_when_it_changes_and_not_at_every_renewal(
+    knob: str, value: float
+) -> None:
+    engine = Engine()
+    for _ in range(5):
+        engine.write((knob, value))
+        engine.step()
+    assert echo(engine)["controls_ignored_total"] == 1
+    engine.write(("no_such_knob", 2.0), ("max_running", 8))
+    engine.step()
+    engine.write(("max_running", 8))
+    engine.step()
+    engine.write((knob, value))
+    engine.step()
+    assert echo(engine)["controls_ignored_total"] == 3
+
+
 def test_a_foreign_table_is_ignored_counted_and_shown() -> None:
     engine = Engine()
     engine.write(("max_running", 8), nonce=NONCE + 1)
