@@ -64,6 +64,10 @@ class EngineConfig:
             raise ConfigError(f"device={self.device}: choose cpu or cuda")
         if self.speculative_tokens > 16:
             raise ConfigError(f"speculative_tokens={self.speculative_tokens}: at most 16")
+        if self.kv_fraction is not None and not 0 < self.kv_fraction <= 1:
+            raise ConfigError(
+                f"kv_fraction={self.kv_fraction}: a share of what the weights leave, above 0 and at most 1"
+            )
         if not 0.05 <= self.admission_watermark <= 1:
             raise ConfigError(f"admission_watermark={self.admission_watermark}: a share of KV, 0.05 to 1")
 

@@ -52,7 +52,7 @@ class Tokenizer:
         settings = dict(_read_json(folder / "tokenizer_config.json"))
         template = folder / "chat_template.jinja"
         if template.is_file():
-            settings["chat_template"] = template.read_text(encoding="utf-8")
+            settings["chat_template"] = _read_text(template)
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, settings, _eos_ids(folder, backend, settings))
@@ -157,11 +157,20 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
 def _read_json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_read_text(path))
     except ValueError as error:
         raise TokenizerError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):

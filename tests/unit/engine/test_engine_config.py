@@ -41,6 +41,10 @@ def test_external_memory_has_a_size_and_a_moment() -> None:
         ({"admission_watermark": float("nan")}, "0.05 to 1"),
         ({"prefill_chunk_tokens": 4096}, "--step-tokens"),
         ({"max_model_len": 1}, "max_model_len=1"),
+        ({"kv_fraction": 0.0}, "kv_fraction=0.0"),
+        ({"kv_fraction": 1.5}, "kv_fraction=1.5: a share"),
+        ({"kv_fraction": -0.1}, "kv_fraction=-0.1"),
+        ({"kv_fraction": float("nan")}, "kv_fraction=nan"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(settings: dict[str, float], words: str) -> None:

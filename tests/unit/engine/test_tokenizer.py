@@ -138,6 +138,24 @@ def test_a_template_may_refuse(tmp_path: Path) -> None:
         Tokenizer.load(write(tmp_path, chat_template=template)).encode_chat([])
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("how", ["not text", "not readable"])
+def test_a_settings_file_that_cannot_be_read_is_named_in_one_line(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    """Not even root reads address 0 of its own memory."""
+    path = write(tmp_path) / name
+    if how == "not text":
+        path.write_bytes(b"\xff\xfe{{")
+    else:
+        path.unlink(missing_ok=True)
+        path.symlink_to("/proc/self/mem")
+    with pytest.raises(TokenizerError) as error:
+        Tokenizer.load(tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
 def test_errors_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json") as missing:
         Tokenizer.load(tmp_path)
