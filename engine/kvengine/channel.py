@@ -6,6 +6,7 @@ A frame is a u32 length and that many bytes of JSON. The peer is our own process
 """
 
 import json
+import math
 import select
 import socket
 import struct
@@ -71,7 +72,8 @@ class Channel:
         """Block until there is something to receive (or to flush and room for it), or the time is over."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outbox else 0))
-        poll.poll(max(0, round(timeout_s * 1000)))
+        # Up: a wait cut short ends before what it waits for, and is asked for again until then.
+        poll.poll(max(0, math.ceil(timeout_s * 1000)))
 
     def close(self) -> None:
         self._socket.close()

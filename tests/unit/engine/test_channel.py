@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 
 import pytest
 
@@ -23,6 +24,14 @@ def test_messages_arrive_whole_and_in_order(ends: tuple[Channel, Channel]) -> No
     left.send({"text": "ü", "none": None})
     assert right.receive() == [["a", 1], {"text": "ü", "none": None}]
     assert right.receive() == []
+
+
+def test_a_wait_is_never_cut_short(ends: tuple[Channel, Channel]) -> None:
+    """Whoever waits for a lease to run out would otherwise spin through its last half millisecond."""
+    for wait_s in (0.0001, 0.0004, 0.0014):
+        before_s = time.monotonic()
+        ends[0].wait(wait_s)
+        assert time.monotonic() - before_s >= wait_s
 
 
 def test_a_sender_never_waits_for_a_reader_that_sleeps(ends: tuple[Channel, Channel]) -> None:
