@@ -6,10 +6,10 @@ from typing import Literal
 ScenarioName = Literal["burst", "oversubscribed"]
 
 STATIC_SETTINGS: dict[str, dict[str, float]] = {
-    "small chunk": {"prefill_chunk_tokens": 256},
-    "no speculation": {"speculative_tokens": 0},
-    "small chunk, no speculation": {"prefill_chunk_tokens": 256, "speculative_tokens": 0},
-    "small chunk, no speculation, few running": {
+    "chunk 256": {"prefill_chunk_tokens": 256},
+    "no drafts": {"speculative_tokens": 0},
+    "chunk 256, no drafts": {"prefill_chunk_tokens": 256, "speculative_tokens": 0},
+    "chunk 256, no drafts, 12 running": {
         "prefill_chunk_tokens": 256,
         "speculative_tokens": 0,
         "max_running": 12,
