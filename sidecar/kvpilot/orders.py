@@ -17,6 +17,10 @@ from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.context import Override
 
 LONGEST_S = 7 * 24 * 3600.0
+MOST_ORDERS = 8
+"""At a time: they share one page with the leases of policies, and a page that overflows is not written."""
+MOST_CLASSES = 8
+MOST_TENANT_BYTES = 32
 
 
 class OrderError(ValueError):
@@ -88,6 +92,8 @@ class Orders:
         _check(knob, scope, value, for_s, why, limits)
         if value is None and (knob, scope) not in self._overrides:
             raise OrderError(f"no override of {knob} ({format_scope(scope)}) is in force")
+        if value is not None and (knob, scope) not in self._overrides and self._are_full():
+            raise OrderError(f"{MOST_ORDERS} overrides are in force: end one with KNOB=none first")
         for_ns = round(for_s * NS)
         wall_ns = self._clock.wall_ns()
         self._add(OverrideRecord(wall_ns, knob, format_scope(scope), value, wall_ns + for_ns, why, who))
@@ -96,6 +102,9 @@ class Orders:
         else:
             until_ns = self._clock.monotonic_ns() + for_ns
             self._overrides[knob, scope] = Override(knob, scope, value, until_ns, why, who)
+
+    def _are_full(self) -> bool:
+        return len(self.in_force(self._clock.monotonic_ns())) >= MOST_ORDERS
 
     def turn(self, off: bool, why: str, who: str) -> None:
         """Off or on. Raises OrderError where another switch would still hold it off."""
@@ -117,6 +126,11 @@ def _check(
         raise OrderError(f"{knob} is one value for all requests: it takes no scope")
     if value is None:
         return
+    # A lease that no page can hold would end every tick in an error, and with it every other lease.
+    if scope.kind == "class_at_most" and not 0 <= int(scope.argument or 0) < MOST_CLASSES:
+        raise OrderError(f"{format_scope(scope)}: class levels are 0 to {MOST_CLASSES - 1}")
+    if scope.kind == "tenant" and len(str(scope.argument).encode()) > MOST_TENANT_BYTES:
+        raise OrderError(f"a tenant's name has at most {MOST_TENANT_BYTES} bytes")
     low, high = (limits.minimum, limits.maximum) if limits else row.plausible
     if not math.isfinite(value) or not low <= value <= high:
         raise OrderError(

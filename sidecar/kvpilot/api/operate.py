@@ -14,6 +14,7 @@ import json
 import os
 import pwd
 import socket
+import stat
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,9 +46,7 @@ class OperatingSocket:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Left by a pilot that was killed; a living one would hold the controls, and we would not be here.
-            with suppress(FileNotFoundError):
-                self._path.unlink()
+            self._clear()
             # Never, not for a moment, a socket that others could open.
             before = os.umask(0o777 & ~MODE)
             try:
@@ -55,10 +54,31 @@ class OperatingSocket:
             finally:
                 os.umask(before)
             self._server = await asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_LINE_BYTES)
+        except SocketError:
+            listening.close()
+            raise
         except OSError as error:
             listening.close()
             reason = error.strerror or error
             raise SocketError(f"socket {self._path}: {reason}: write another as `socket: FILE`") from error
+
+    def _clear(self) -> None:
+        """Remove what a pilot that was killed has left. Raises SocketError for anything else."""
+        try:
+            if not stat.S_ISSOCK(self._path.lstat().st_mode):
+                raise SocketError(f"socket {self._path}: a file is there: write another as `socket: FILE`")
+        except FileNotFoundError:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            # A pilot of another engine that has the same name would lose its socket unawares.
+            with suppress(ConnectionRefusedError, FileNotFoundError):
+                probe.connect(str(self._path))
+                raise SocketError(
+                    f"socket {self._path}: another pilot listens there: write another as `socket: FILE`"
+                )
+        with suppress(FileNotFoundError):
+            self._path.unlink()
 
     async def close(self) -> None:
         """Stop listening and remove the socket."""
@@ -148,4 +168,7 @@ def _number(order: Mapping[str, Any], key: str) -> float:
     value = order.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise OrderError(f"{key} must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise OrderError(f"{key} is beyond any number that could be meant") from None

@@ -4,12 +4,13 @@ import asyncio
 import getpass
 import json
 import os
+import socket
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pilot_world import World, policy
+from pilot_world import MemoryValve, World, policy
 
 from kvpilot.api.client import SocketError, ask
 from kvpilot.api.operate import OperatingSocket
@@ -66,6 +67,7 @@ def test_orders_are_obeyed_at_the_next_tick(world: World) -> None:
         (over(value="9"), "value must be a number"),
         (over(value=True), "value must be a number"),
         (over(for_s=None), "for_s must be a number"),
+        (over(value=10**400), "value is beyond any number"),
         (over(why=""), "an override needs a reason"),
         (over(why="x" * 2000), "why must be text of at most 1000"),
         (over(scope="classAtMost=0"), "takes no scope"),
@@ -131,14 +133,69 @@ def test_what_a_killed_pilot_left_is_replaced(world: World, tmp_path: Path) -> N
     path = tmp_path / "pilot.sock"
 
     async def run() -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as killed:
+            killed.bind(str(path))
+        served = socket_of(world, path)
+        await served.open()
+        await asyncio.to_thread(ask, path, {"do": "status"})
+        await served.close()
+
+    asyncio.run(run())
+
+
+def test_a_socket_on_which_another_pilot_listens_is_left_alone(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "pilot.sock"
+
+    async def run() -> None:
         first, second = socket_of(world, path), socket_of(world, path)
         await first.open()
-        await second.open()
+        with pytest.raises(SocketError, match="another pilot listens there"):
+            await second.open()
         await asyncio.to_thread(ask, path, {"do": "status"})
-        await second.close()
         await first.close()
 
     asyncio.run(run())
+
+
+def test_a_file_that_is_no_socket_is_never_removed(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(SocketError, match="a file is there"):
+        asyncio.run(socket_of(world, path).open())
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("scope", "error"),
+    [
+        ("classAtMost=8", "class levels are 0 to 7"),
+        ("classAtMost=99999999999999999999", "class levels are 0 to 7"),
+        ("tenant=" + "x" * 33, "at most 32 bytes"),
+    ],
+)
+def test_a_scope_that_no_page_can_hold_is_refused_and_the_pilot_flies_on(
+    world: World, scope: str, error: str
+) -> None:
+    MemoryValve(world)
+    world.ticks(2)
+    found = answer(world, over(knob="shed_fraction", value=0.5, scope=scope))
+    assert found["ok"] is False
+    world.tick()
+    assert world.knob("prefill_chunk_tokens") == 64
+    assert error in found["error"]
+
+
+def test_more_orders_than_a_page_can_hold_are_refused(world: World) -> None:
+    MemoryValve(world)
+    world.ticks(2)
+    given = [
+        answer(world, over(knob="shed_fraction", value=0.5, scope=f"tenant=t{number}"))
+        for number in range(20)
+    ]
+    assert [each["ok"] for each in given] == [True] * 8 + [False] * 12
+    assert "8 overrides are in force" in given[-1]["error"]
+    assert len(world.tick().leases) == 9
+    assert answer(world, over(knob="shed_fraction", value=0.4, scope="tenant=t1"))["ok"], "one for another"
 
 
 def test_a_path_that_cannot_be_is_one_clear_line(world: World, tmp_path: Path) -> None:
