@@ -53,6 +53,7 @@ def run(config: Configuration = DEFAULT_CONFIG) -> None:
 @app.command()
 def check(paths: Paths) -> None:
     """Every mistake in every policy file, as file:line:column: message."""
+    from kvpilot.policy.load import policy_files
     from kvpilot.policy.testing import check as check_policies
 
     problems = check_policies(paths)
@@ -60,6 +61,8 @@ def check(paths: Paths) -> None:
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
+    count = len(policy_files(paths))
+    typer.echo(f"{count} file{'' if count == 1 else 's'}, no mistakes")
 
 
 @app.command()

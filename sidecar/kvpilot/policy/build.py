@@ -146,8 +146,13 @@ class Builder:
         verify = self._verify(path, given, inputs)
         if when is None:
             return None
+        amounts = [action.amount for action in actions if action is not None]
+        named = {verify.input} if verify is not None else set[str]()
+        for expression in (when, until, *amounts):
+            if isinstance(expression, Expression):
+                named.update(expression.names)
         text = json.dumps(
-            [given.model_dump(mode="json"), {n: str(inputs[n]) for n in when.names if n in inputs}],
+            [given.model_dump(mode="json"), {n: str(inputs[n]) for n in named if n in inputs}],
             sort_keys=True,
         )
         return Rule(

@@ -70,13 +70,21 @@ def load_text(text: str | bytes, path: str = "policy.yaml", classes: Sequence[st
     return loaded.policy
 
 
+def policy_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The policy files that these files and directories are."""
+    return _files(paths, [])
+
+
 def _files(paths: Iterable[str | Path], problems: list[Problem]) -> list[Path]:
     files: list[Path] = []
     for given in map(Path, paths):
         if given.is_dir():
-            inside = sorted(
-                p for p in given.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith(".")
-            )
+            try:
+                names = sorted(given.iterdir())
+            except OSError as error:
+                problems.append(Problem(str(given), 1, 1, f"cannot be read: {error.strerror or error}"))
+                continue
+            inside = [p for p in names if p.name.endswith(SUFFIXES) and not p.name.startswith(".")]
             policies = [p for p in inside if not p.name.endswith(_TEST_SUFFIXES) and p.is_file()]
             if not policies:
                 problems.append(Problem(str(given), 1, 1, "no policy file (*.yaml) in this directory"))

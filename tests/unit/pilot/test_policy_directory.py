@@ -6,7 +6,7 @@ import pytest
 from pilot_world import policy
 
 from kvpilot.clock import VirtualClock
-from kvpilot.policy.load import PolicyErrors
+from kvpilot.policy.load import PolicyErrors, load_policies
 from kvpilot.policy_directory import PolicyDirectory, shipped
 
 
@@ -58,3 +58,14 @@ def test_a_bad_set_is_reported_once_and_good_again_when_it_is_mended(directory: 
 def test_the_shipped_policies_load_for_any_classes() -> None:
     for classes in (["default"], ["batch", "interactive"]):
         assert len(PolicyDirectory(shipped(), classes, VirtualClock()).load().policies) >= 4
+
+
+def test_a_directory_that_cannot_be_listed_is_one_line_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(PolicyErrors, match=r":1:1: cannot be read: Permission denied$"):
+        load_policies([tmp_path])

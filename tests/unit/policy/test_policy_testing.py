@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kvpilot.commands import app
 from kvpilot.policy.load import load_with_tests
 from kvpilot.policy.testing import check, run_case, run_tests
 
@@ -103,3 +105,16 @@ def test_shipped_policies_pass_their_tests(loaded) -> None:
     assert loaded.cases
     for case in loaded.cases:
         assert run_case(loaded.policy, case).diff == ()
+
+
+def test_the_check_command_says_how_much_it_has_checked_and_exits_1_for_a_mistake(tmp_path: Path) -> None:
+    runner = CliRunner()
+    good = runner.invoke(app, ["check", str(SHIPPED)])
+    assert (good.exit_code, good.output) == (0, "4 files, no mistakes\n")
+    one = tmp_path / "one.yaml"
+    one.write_text(PAGE)
+    assert runner.invoke(app, ["check", str(one)]).output == "1 file, no mistakes\n"
+    one.write_text(PAGE.replace("itl_p95 > slo.itl", "itl_p96 > slo.itl"))
+    bad = runner.invoke(app, ["check", str(one)])
+    assert bad.exit_code == 1
+    assert "no mistakes" not in bad.output
