@@ -101,6 +101,7 @@ def test_an_engine_without_directories_is_told_what_to_write(tmp_path: Path) -> 
         ),
         (("name: interactive", "name: batch"), "kvpilot.yaml:4:12: two classes are called 'batch'"),
         (("name: batch", "name: itl"), "kvpilot.yaml:3:12: a class cannot be called 'itl'"),
+        (("name: batch", "name: lowest"), "kvpilot.yaml:3:12: a class cannot be called 'lowest'"),
         (("arm: {", "arm: [{"), "kvpilot.yaml:6:1: not YAML: while parsing a flow sequence"),
         (("arm:", "policies: nowhere\narm:"), "kvpilot.yaml:5:11: {folder}/nowhere is not a directory"),
         (("name: batch", "name: no"), None),
@@ -141,3 +142,8 @@ def test_classes_must_agree_with_the_callers_file(tmp_path: Path) -> None:
     ]
     (tmp_path / "callers.json").write_text("{")
     assert "not JSON" in mistakes(tmp_path, text)[0]
+
+
+def test_slo_lowest_is_the_first_class_also_where_it_is_promised_more(tmp_path: Path) -> None:
+    text = GOOD.replace("ttft: 5s, itl: 100ms", "ttft: 0.1, itl: 1ms")
+    assert loaded(tmp_path, text).slo["lowest"] == {"itl": 0.001, "ttft": 0.1}

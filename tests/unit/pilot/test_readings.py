@@ -1,5 +1,6 @@
 """Every signal of the catalogue has a source, and a field that is not there makes its signals missing."""
 
+import pytest
 from pilot_world import MemoryValve, World, manifest
 
 from kvpilot.adapters.readings import DERIVED, FIELD_OF, HISTOGRAM_OF
@@ -31,6 +32,7 @@ def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
         name: reading.value for (name, c), reading in latest.items() if isinstance(reading, Reading) and not c
     }
     assert value["kv_occupancy"] == 0.3
+    assert value["kv_demand_ratio"] == 0.3, "nothing waits"
     assert value["tail_waste_ratio"] == 48 / (30 * 16)
     assert value["device_headroom_tokens"] == 5000
 
@@ -53,3 +55,21 @@ def test_a_share_of_no_slots_is_missing_not_zero() -> None:
     world.start_engine()
     world.tick(running=0)
     assert world.pilot.board.latest["tail_waste_ratio", None] == Missing("no_samples")
+
+
+def test_demand_is_what_is_held_and_what_waiting_prompts_need_and_may_exceed_the_pool() -> None:
+    world = World()
+    world.start_engine()
+    world.tick(running=1, kv_blocks_free=20, kv_blocks_cached=10, waiting_prompt_tokens=1600)
+    reading = world.pilot.board.latest["kv_demand_ratio", None]
+    assert isinstance(reading, Reading)
+    assert reading.value == 1.7
+
+
+@pytest.mark.parametrize("absent", ["kv_blocks_free", "waiting_prompt_tokens"])
+def test_demand_is_missing_where_a_part_of_it_is(absent: str) -> None:
+    world = World()
+    fields = tuple(column.name for column in manifest().fields if column.name != absent)
+    world.start_engine(manifest(fields))
+    world.tick(running=1)
+    assert world.pilot.board.latest["kv_demand_ratio", None] == Missing("not_provided")

@@ -144,3 +144,12 @@ def test_any_text_is_an_expression_or_an_error_inside_it(text: str) -> None:
             {"kv": 0.5, "itl_p95": 0.1, "wait": 3.0, "slo.itl": 0.05, "slo.ttft": 1.0}
         )
         assert isinstance(answer, bool | Missing)
+
+
+def test_slo_lowest_is_known_whatever_the_classes_are_called() -> None:
+    expression = compile_expression("wait > slo.lowest.ttft", INPUTS, "bool", ["batch", "interactive"])
+    assert expression.names == ("slo.lowest.ttft", "wait")
+    assert expression.evaluate({"wait": 3.0, "slo.lowest.ttft": 2.0}) is True
+    assert expression.evaluate({"wait": 3.0}) == Missing("not_provided")
+    assert "undeclared reference" in faults("wait > slo.highest.ttft", ["batch"])[0][1]
+    assert "undeclared reference" in faults("wait > slo.lowest", ["batch"])[0][1]
