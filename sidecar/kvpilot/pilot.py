@@ -87,11 +87,14 @@ class Pilot:
         if context.off:
             self._adopted = []
         leases = renewed(self._adopted, outcome.leases)
+        # What was seen above can only be an echo of earlier ticks: it is judged before this one writes.
+        echoes = self.actuator.confirm(sight)
         # act
         numbers = self.ledger.record(outcome, sight.nonce, wall_ns)
         self.actuator.write(leases, numbers, sight.nonce, now_ns)
+        self.ledger.count_changes(leases, context.knobs)
         # verify
-        self.ledger.confirm(self.actuator.confirm(sight))
+        self.ledger.confirm(echoes)
         # publish
         for notice in outcome.notices:
             self.notify(notice, wall_ns)
@@ -112,6 +115,9 @@ class Pilot:
             self._windows.clear("restarted")
             self._exhaustion.clear()
             self._adopted = self.take_over(sight)
+            if self._adopted:
+                self.ledger.inherit(each.wish for each in self._adopted)
+                self.actuator.inherit({each.target: each.number for each in self._adopted})
             model = (
                 f"{manifest.engine} {manifest.engine_version}, {manifest.model}, {manifest.blocks} KV blocks"
             )

@@ -8,7 +8,7 @@ Every table is written whole, every tick while there are leases: that is the ren
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvpilot.adapters.engine import Sight
 from kvpilot.adapters.pages import Controls
@@ -85,6 +85,14 @@ class Actuator:
             self._changed_at[target] = sequence
             if target in numbers:
                 self._changes[target] = Change(numbers[target], wanted.get(target), at_ns, sequence)
+            elif target in self._changes:
+                # Moved on before its echo came: the decision is confirmed by where it has got to.
+                value = wanted.get(target)
+                self._changes[target] = replace(self._changes[target], value=value, sequence=sequence)
+
+    def inherit(self, numbers: Mapping[Target, int]) -> None:
+        """Decisions of an earlier pilot, by the leases that go on under them."""
+        self._numbers.update(numbers)
 
     def _lease(self, wish: LeaseWish) -> Lease:
         number = self._numbers.get((wish.knob, wish.scope), 0)

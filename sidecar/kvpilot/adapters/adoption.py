@@ -9,7 +9,7 @@ then it becomes the rule's own claim and the rule goes on from there. After `GRA
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from kvpilot.adapters.actuator import valve_fraction
+from kvpilot.adapters.actuator import Target, valve_fraction
 from kvpilot.adapters.engine import Sight
 from kvpilot.adapters.pages import Controls
 from kvpilot.clock import NS
@@ -20,6 +20,7 @@ from kvpilot.policy.evaluate import Inputs
 from kvpilot.policy.outcome import LeaseWish
 from kvpilot.policy.rules import Policy, PolicySet, Rule
 from kvpilot.policy.state import Claim, Phase, RuleState, State
+from kvpilot.policy.trail import Told
 from kvpilot.signals import Missing
 
 GRACE_NS = 10 * NS
@@ -32,6 +33,10 @@ class Adopted:
     wish: LeaseWish
     number: int
     since_ns: int
+
+    @property
+    def target(self) -> Target:
+        return self.wish.knob, self.wish.scope
 
 
 def adopt(
@@ -58,7 +63,7 @@ def hand_over(
     adopted: list[Adopted], state: State, policies: PolicySet, inputs: Inputs, now_ns: int
 ) -> tuple[list[Adopted], State]:
     """What still waits, and the state with the claims of those rules that can see now."""
-    waiting, rules = [], dict(state.rules)
+    waiting, rules, told = [], dict(state.rules), dict(state.told)
     for each in adopted:
         key = (each.wish.policy, each.wish.rule)
         found = _find(policies, *key)
@@ -74,7 +79,9 @@ def hand_over(
         if old.phase is Phase.INACTIVE:
             old = replace(old, phase=Phase.ACTIVE, since_ns=now_ns, changed_ns=now_ns, steps=1)
         rules[key] = replace(old, claims=(*kept, claim))
-    return waiting, replace(state, rules=rules) if rules != state.rules else state
+        # The decision behind it is in the journal, and stays the one that the lease names.
+        told[each.target] = Told(*key, each.wish.value, now_ns)
+    return waiting, replace(state, rules=rules, told=told) if rules != state.rules else state
 
 
 def renewed(adopted: Iterable[Adopted], leases: tuple[LeaseWish, ...]) -> tuple[LeaseWish, ...]:

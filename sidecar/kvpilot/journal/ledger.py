@@ -5,7 +5,7 @@ which one they mean.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from kvpilot.adapters.actuator import Echo, Target
@@ -17,7 +17,8 @@ from kvpilot.journal.records import (
     VerdictRecord,
     format_scope,
 )
-from kvpilot.policy.outcome import Outcome
+from kvpilot.link.manifest import ManifestKnob
+from kvpilot.policy.outcome import LeaseWish, Outcome
 from kvpilot.signals import Missing
 
 RECENT = 50
@@ -34,19 +35,22 @@ class Ledger:
         self.counts: Counter[tuple[str, str, str, str]] = Counter()
         """Decisions by (policy, rule, knob, verdict), as evaluation gave it."""
         self.actions = 0
-        """Changes that were written for the engine or the valves."""
+        """Changes of values in force, as written for the engine or the valves."""
         self._add = add
         self._number = last_number
+        self._held: dict[Target, float] = {}
 
     def record(self, outcome: Outcome, nonce: int, wall_ns: int) -> dict[Target, int]:
         """Journal a tick's decisions and effects. Returns the numbers of those that go to the engine."""
         sent: dict[Target, int] = {}
+        holders = {(lease.knob, lease.scope): (lease.policy, lease.rule) for lease in outcome.leases}
         for decision in outcome.decisions:
             self._number += 1
             self.counts[decision.policy, decision.rule, decision.knob, decision.verdict] += 1
-            if decision.verdict in _SENT:
-                self.actions += 1
-                sent[decision.knob, decision.scope] = self._number
+            target, decider = (decision.knob, decision.scope), (decision.policy, decision.rule)
+            # A lease carries the number of whoever holds it: a restarted pilot asks the journal for its rule.
+            if decision.verdict in _SENT and holders.get(target, decider) == decider:
+                sent[target] = self._number
             row = DecisionRecord(
                 number=self._number,
                 at_wall_ns=wall_ns,
@@ -78,6 +82,19 @@ class Ledger:
             self.effects.append(seen)
             self._add(seen)
         return sent
+
+    def inherit(self, leases: Iterable[LeaseWish]) -> None:
+        """Leases that an earlier pilot wrote: going on from them changes nothing."""
+        self._held = {(lease.knob, lease.scope): lease.value for lease in leases}
+
+    def count_changes(self, leases: Iterable[LeaseWish], knobs: Mapping[str, ManifestKnob]) -> None:
+        """Count each (knob, scope) whose value these leases change; without a lease it is at baseline."""
+        held = {(lease.knob, lease.scope): lease.value for lease in leases}
+        for target in {*held, *self._held}:
+            knob = knobs.get(target[0])
+            home = knob.baseline if knob is not None else None
+            self.actions += held.get(target, home) != self._held.get(target, home)
+        self._held = held
 
     def confirm(self, echoes: list[Echo]) -> None:
         """Journal what the engine made of earlier decisions."""

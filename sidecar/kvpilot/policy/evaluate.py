@@ -5,16 +5,19 @@ the rules, a few microseconds each, nearly all of it expressions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from kvpilot.policy.arbitrate import Bid, Ruling, Target, arbitrate
 from kvpilot.policy.budget import Budget
 from kvpilot.policy.claims import Draft
 from kvpilot.policy.context import Context, Slo
 from kvpilot.policy.expr import Reading
+from kvpilot.policy.grid import place
 from kvpilot.policy.outcome import OVERRIDE, Decision, Effect, LeaseWish, Notice, Outcome
 from kvpilot.policy.rule_tick import RuleTick
 from kvpilot.policy.rules import Policy, PolicySet, Rule
 from kvpilot.policy.state import Claim, RuleState, State
+from kvpilot.policy.trail import Told, worth_telling
 from kvpilot.signals import Missing
 
 Inputs = Mapping[tuple[str, str], Reading]
@@ -46,6 +49,7 @@ class _Tick:
         self._decisions: list[Decision] = []
         self._notices: list[Notice] = []
         self._effects: list[Effect] = []
+        self._told: dict[Target, Told] = {}
 
     def run(self) -> Outcome:
         for policy in self._policies:
@@ -73,6 +77,7 @@ class _Tick:
             state=State(
                 rules=rules,
                 leases=real.leases,
+                told=self._told,
                 shadow=shadow.leases,
                 steps_ns={key: budget.steps_ns for key, budget in self._budgets.items() if budget.steps_ns},
             ),
@@ -105,9 +110,7 @@ class _Tick:
             # What was worked out open loop is no basis for acting, nor the other way round.
             reason = "into shadow: off, or not armed" if shadow else "out of shadow"
             for claim in state.claims:
-                self._decide(
-                    policy.name, rule.name, _gone(claim, reason), "shadowed" if state.shadow else "applied"
-                )
+                self._withdraw(policy.name, rule.name, state, claim, reason)
             self._silence(state)
             return RuleState(
                 rule.identity, since_ns=self._context.now_ns, shadow=shadow, changed_ns=state.changed_ns
@@ -119,16 +122,16 @@ class _Tick:
 
     def _changed(self, policy: Policy, rule: Rule, state: RuleState) -> RuleState:
         """The text changed: inactive, with the claims that the new text knows how to walk home."""
-        kept = []
+        kept, now_ns = [], self._context.now_ns
         for claim in state.claims:
-            acts = any((a.knob, a.scope) == (claim.knob, claim.scope) for a in rule.actions)
+            action = next((a for a in rule.actions if (a.knob, a.scope) == (claim.knob, claim.scope)), None)
             recovers = any(r.knob == claim.knob and r.scope in (None, claim.scope) for r in rule.recover)
-            if acts and recovers:
-                kept.append(
-                    Claim(claim.knob, claim.scope, claim.value, claim.overruled_by, self._context.now_ns)
-                )
+            knob = self._context.knobs.get(claim.knob)
+            if action is not None and recovers and knob is not None:
+                value = place(claim.value, action, knob).value
+                kept.append(replace(claim, value=value, recover_at_ns=now_ns))
             else:
-                self._decide(policy.name, rule.name, _gone(claim, "the rule's text changed"), "applied")
+                self._withdraw(policy.name, rule.name, state, claim, "the rule's text changed")
         return RuleState(
             rule.identity,
             since_ns=self._context.now_ns,
@@ -142,9 +145,14 @@ class _Tick:
         for (policy, rule), state in sorted(self._state.rules.items()):
             if (policy, rule) not in present:
                 for claim in state.claims:
-                    verdict = "shadowed" if state.shadow else "applied"
-                    self._decide(policy, rule, _gone(claim, "the rule was removed or switched off"), verdict)
+                    self._withdraw(policy, rule, state, claim, "the rule was removed or switched off")
                 self._silence(state)
+
+    def _withdraw(self, policy: str, rule: str, state: RuleState, claim: Claim, reason: str) -> None:
+        """A claim is gone with the rule that made it; only one that held the knob changes anything."""
+        verdict = "overruled" if claim.overruled_by is not None else "applied"
+        draft = Draft(claim.knob, claim.scope, claim.value, None, reason)
+        self._decide(policy, rule, draft, "shadowed" if state.shadow else verdict)
 
     def _silence(self, state: RuleState) -> None:
         """A rule that starts afresh is no longer firing."""
@@ -176,25 +184,26 @@ class _Tick:
     def _settle(self, tick: RuleTick, before: RuleState, after: RuleState, ruling: Ruling) -> None:
         """The verdicts of what the rule drafted, and what arbitration alone changed for it."""
         policy, rule = tick.policy.name, tick.rule.name
-        overruled = {(claim.knob, claim.scope): claim.overruled_by for claim in after.claims}
+        was = {(claim.knob, claim.scope): claim for claim in before.claims}
+        # A claim that was dropped changes something only if it held the knob until now.
+        overruled = {
+            (claim.knob, claim.scope): claim.overruled_by for claim in (*before.claims, *after.claims)
+        }
         stepped = set()
         for draft in tick.claims.drafts:
             target = (draft.knob, draft.scope)
-            stepped.add(target)
+            if draft.verdict in (None, "clamped"):
+                stepped.add(target)
             self._decide(policy, rule, draft, self._verdict(draft, after, overruled.get(target)))
         if before.shadow:
             return
-        was = {(claim.knob, claim.scope): claim for claim in before.claims}
         for claim in after.claims:
             target = (claim.knob, claim.scope)
-            old = was.get(target)
-            self._follow(tick, claim, ruling.leases.get(target))
-            if old is None or target in stepped or old.overruled_by == claim.overruled_by:
-                continue
-            verdict, reason = ("applied", "holds the knob again")
-            if claim.overruled_by is not None:
-                verdict, reason = "overruled", f"by {claim.overruled_by}"
-            self._decide(policy, rule, Draft(*target, old.value, claim.value, reason), verdict)
+            old, by, lease = was.get(target), claim.overruled_by, ruling.leases.get(target)
+            if lease is not None and (lease.policy, lease.rule) == (policy, rule):
+                self._follow(tick, lease, target in stepped)
+            elif old is not None and by not in (None, old.overruled_by) and target not in stepped:
+                self._decide(policy, rule, Draft(*target, old.value, claim.value, f"by {by}"), "overruled")
 
     def _verdict(self, draft: Draft, after: RuleState, overruled_by: str | None) -> str:
         if draft.verdict is not None and (draft.verdict != "clamped" or overruled_by is None):
@@ -208,20 +217,23 @@ class _Tick:
             return "overruled"
         return "applied"
 
-    def _follow(self, tick: RuleTick, claim: Claim, lease: LeaseWish | None) -> None:
-        """A claim that follows an expression is journalled when the value that holds by it changes."""
-        policy, rule = tick.policy.name, tick.rule.name
-        if lease is None or (lease.policy, lease.rule) != (policy, rule):
-            return
-        target = (claim.knob, claim.scope)
-        if not any(action.tracks and (action.knob, action.scope) == target for action in tick.rule.actions):
-            return
-        old = self._state.leases.get(target)
-        before = old.value if old is not None else self._context.knobs[claim.knob].baseline
-        if old is None or old.value != lease.value:
-            self._decide(
-                policy, rule, Draft(*target, before, lease.value, "follows its expression"), "applied"
-            )
+    def _follow(self, tick: RuleTick, lease: LeaseWish, stepped: bool) -> None:
+        """The rule holds this lease: journal it where that is news, unless a step of the rule says it."""
+        target, now_ns = (lease.knob, lease.scope), self._context.now_ns
+        told, knob = self._state.told.get(target), self._context.knobs[lease.knob]
+        action = next(a for a in tick.rule.actions if (a.knob, a.scope) == target)
+        reason = "follows its expression" if action.tracks else "holds the knob again"
+        if told is not None and (told.policy, told.rule) == (lease.policy, lease.rule):
+            before = told.value
+            news = worth_telling(told, lease.value, now_ns, action, knob)
+        else:
+            held = self._state.leases.get(target)
+            before, news = knob.baseline if held is None else held.value, True
+        if news and not stepped:
+            self._decide(lease.policy, lease.rule, Draft(*target, before, lease.value, reason), "applied")
+        if news or stepped or told is None:
+            told = Told(lease.policy, lease.rule, lease.value, now_ns)
+        self._told[target] = told
 
     def _journal_orders(self, leases: Mapping[Target, LeaseWish]) -> None:
         old = {target: lease for target, lease in self._state.leases.items() if lease.policy == OVERRIDE}
@@ -256,10 +268,6 @@ class _Tick:
                 inputs=self._readings.get(policy, {}),
             )
         )
-
-
-def _gone(claim: Claim, reason: str) -> Draft:
-    return Draft(claim.knob, claim.scope, claim.value, None, reason)
 
 
 def _of_rule(ruling: Ruling, tick: RuleTick) -> dict[Target, str]:

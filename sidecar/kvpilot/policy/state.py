@@ -10,6 +10,7 @@ from enum import StrEnum
 from kvpilot.link.controls import Scope
 from kvpilot.policy.arbitrate import Target
 from kvpilot.policy.outcome import LeaseWish, Notice
+from kvpilot.policy.trail import Told
 
 RuleKey = tuple[str, str]
 """(policy name, rule name)."""
@@ -71,5 +72,7 @@ class State:
 
     rules: Mapping[RuleKey, RuleState] = field(default_factory=dict)
     leases: Mapping[Target, LeaseWish] = field(default_factory=dict)
+    told: Mapping[Target, Told] = field(default_factory=dict)
+    """What the journal last said of each lease that a rule holds."""
     shadow: Mapping[Target, LeaseWish] = field(default_factory=dict)
     steps_ns: Mapping[tuple[str, bool], tuple[int, ...]] = field(default_factory=dict)

@@ -37,8 +37,6 @@ class Tick:
     context: Context | None = None
     outcome: Outcome | None = None
     leases: tuple[LeaseWish, ...] = ()
-    problem: str | None = None
-    """What kept the tick from acting, in one line."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from kvpilot.adapters.adoption import Adopted
 from kvpilot.clock import NS
 from kvpilot.config import Arm
 from kvpilot.journal.records import DecisionRecord, EventRecord, VerdictRecord
-from kvpilot.link.controls import Scope
+from kvpilot.link.controls import Scope, newest_slot
 from kvpilot.pilot import TICK_NS, fly
 from kvpilot.policy.outcome import LeaseWish
 
@@ -317,3 +317,64 @@ def test_the_status_is_json_with_a_value_or_a_reason_for_every_signal() -> None:
     assert described["rules"][0]["state"] == "active"
     assert described["leases"][0]["confirmed"] is True
     assert described["actions"] == 1
+
+
+def test_actions_are_changes_of_values_in_force_not_rows_of_the_journal() -> None:
+    """A limit that is content holds baseline; one that moves with every tick acts with every move."""
+    follow = policy(do="{knob: prefill_chunk_tokens, set: 16 * x, min: 16}", when="x >= 0.0")
+    world = World(follow)
+    world.start_engine()
+    world.ticks(1, waiting=32, running=1)
+    assert world.pilot.ledger.actions == 0
+    for waiting in (31, 30, 29, 29):
+        world.tick(waiting=waiting)
+    assert world.pilot.ledger.actions == 3
+    world.ticks(2)
+    assert [row.after for row in world.pilot.ledger.recent] == [512, 496, 464]
+    assert {row.verdict for row in world.pilot.ledger.recent} == {"applied"}
+
+
+def test_a_change_that_moves_on_in_every_tick_is_confirmed_and_never_called_rejected() -> None:
+    follow = policy(do="{knob: prefill_chunk_tokens, set: 16 * x, min: 16}", when="x >= 0.0")
+    world = World(follow)
+    world.start_engine()
+    for tick in range(60):
+        world.tick(waiting=10 + tick % 7, running=1)
+    verdicts = [row.verdict for row in world.of(VerdictRecord)]
+    assert set(verdicts) == {"applied"}
+    assert len(verdicts) >= 5
+
+
+def test_a_lease_names_the_decision_of_whoever_holds_it() -> None:
+    """Otherwise a restarted pilot would hand the lease to the rule that let go of it."""
+    low = policy(name="a-low", do="{knob: prefill_chunk_tokens, set: 64}")
+    high = policy(name="z-high", when="x > 20.0", spec="priority: 200")
+    high = high.replace("set: 64", "set: 128")
+    world = World(low, high)
+    world.start_engine()
+
+    def holder() -> str:
+        slot = newest_slot(world.engine_controls)
+        assert slot is not None
+        (lease,) = slot.leases
+        rows = {row.number: row.policy for row in world.of(DecisionRecord)}  # type: ignore[attr-defined]
+        return rows[lease.decision_id]
+
+    world.tick(waiting=11, running=1)
+    assert holder() == "a-low"
+    world.tick(waiting=21)
+    assert holder() == "z-high"
+    world.tick(waiting=11)
+    assert holder() == "a-low"
+
+
+def test_an_adopted_lease_keeps_the_number_of_its_decision_and_is_no_action() -> None:
+    wish = LeaseWish("prefill_chunk_tokens", Scope("all"), 64, 15 * NS, "guard", "act")
+    world = World(policy(), adopted=[Adopted(wish, 41, 1000 * NS)])
+    world.start_engine()
+    world.ticks(2, waiting=11, running=1)
+    slot = newest_slot(world.engine_controls)
+    assert slot is not None
+    assert [lease.decision_id for lease in slot.leases] == [41]
+    assert world.pilot.ledger.actions == 0
+    assert world.of(DecisionRecord) == []

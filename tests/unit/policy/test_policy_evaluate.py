@@ -257,7 +257,27 @@ def test_a_set_expression_is_followed_every_tick() -> None:
     assert flight.held() == 64
     flight.fly(20, seen=GONE)
     assert flight.held() is None
-    assert [decision.after for decision in flight.log] == [480, 288, 64, None]
+    assert [decision.after for decision in flight.log] == [480, None], "small moves within a second"
+
+
+def test_a_followed_expression_is_journalled_once_a_second_and_where_it_settles() -> None:
+    flight = Flight([policy(FOLLOW)])
+    for tick in range(45):
+        flight.fly(20, seen=40 + 4 * (tick % 5))
+    flight.fly(20, 20, seen=64)
+    rows = [(decision.at_ns // MS, decision.before, decision.after) for decision in flight.log]
+    assert len(rows) <= 6
+    assert rows[-1][2] == flight.held() == 640
+    assert [row[1] for row in rows[1:]] == [row[2] for row in rows[:-1]], "each row goes on from the last"
+    assert {decision.verdict for decision in flight.log} == {"applied"}
+
+
+def test_a_followed_expression_that_leaps_is_journalled_at_once() -> None:
+    flight = Flight([policy(FOLLOW)])
+    flight.fly(20, seen=300)
+    flight.fly(20, seen=30)
+    flight.fly(20, seen=29)
+    assert [decision.after for decision in flight.log] == [2976, 288]
 
 
 def test_a_rule_whose_value_is_missing_does_not_enter() -> None:
@@ -439,6 +459,82 @@ def test_a_changed_rule_starts_afresh_and_walks_its_claim_home() -> None:
     assert (flight.phase(), flight.held()) == (Phase.INACTIVE, 768)
     flight.fly(20, 10)
     assert flight.held() is None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        HALVE.replace("load < 5", "seen < 5"),
+        FOLLOW,
+        HALVE + "      verify: {input: seen, falls: 10%, within: 2s}\n",
+    ],
+    ids=["until", "set", "verify"],
+)
+def test_an_input_that_a_rule_names_anywhere_is_part_of_its_identity(rule: str) -> None:
+    (one,) = policy(rule).rules
+    text = policy(rule, spec="onMissing: hold").rules[0]
+    assert one.identity == text.identity, "the policy's own settings are not"
+    other = load_text(
+        f"""
+apiVersion: kvpilot.dev/v1alpha1
+kind: Policy
+metadata: {{name: guard}}
+spec:
+  inputs:
+    load: {{signal: requests_waiting}}
+    seen: {{signal: requests_running, agg: max, window: 5s}}
+  rules:
+    {rule}
+"""
+    )
+    assert other.rules[0].identity != one.identity
+
+
+def test_a_changed_rules_claim_is_clamped_to_its_new_bounds_at_once() -> None:
+    flight = Flight([policy(HALVE)])
+    flight.fly(20, 13)
+    assert flight.held() == 256
+    flight.policies = [policy(HALVE.replace("min: 100", "min: 400").replace("for: 200ms", "for: 0s"))]
+    flight.fly(20)
+    assert (flight.phase(), flight.held()) == (Phase.ACTIVE, 400)
+
+
+def test_a_changed_rule_in_shadow_withdraws_nothing_real() -> None:
+    flight = Flight([policy(HALVE, spec="mode: shadow")])
+    flight.fly(20, 3)
+    changed = HALVE.replace("load > 10", "load > 30").split("      recover")[0]
+    flight.policies = [policy(changed, spec="mode: shadow")]
+    flight.fly(20)
+    assert flight.verdicts() == ["shadowed", "shadowed"]
+
+
+def test_an_overruled_claim_that_is_dropped_applies_nothing() -> None:
+    high = policy(
+        "- {name: pin, when: seen > 5, do: [{knob: prefill_chunk_tokens, set: 2048}]}",
+        "high",
+        "priority: 200",
+    )
+    flight = Flight([policy(HALVE.split("      recover")[0]), high])
+    flight.fly(20, 3, seen=9)
+    flight.fly(1, 5, seen=9)
+    assert [d.verdict for d in flight.log if d.policy == "guard"] == ["overruled", "overruled"]
+
+
+def test_whoever_comes_to_hold_a_knob_without_a_step_says_so() -> None:
+    """A limit is never overruled, and two rules may ask for one value: the lease changes hands anyhow."""
+    limit = policy(
+        "- {name: fit, protective: always, when: seen >= 0, do: [{knob: prefill_chunk_tokens, set: 600}]}",
+        "limit",
+        "priority: 1000",
+    )
+    flight = Flight([policy(HALVE.split("      recover")[0]), limit])
+    flight.fly(1)
+    flight.fly(20, 3)
+    assert flight.held() == 304
+    flight.fly(1, 4)
+    assert flight.held() == 608
+    last = flight.log[-1]
+    assert (last.policy, last.after, last.reason) == ("limit", 608, "holds the knob again")
 
 
 def test_an_unchanged_rule_keeps_its_state_over_a_reload() -> None:
