@@ -64,10 +64,6 @@ class CoreProcess:
             raise StartError(facts)
         return cls(child, channel, facts)
 
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
     def stop(self) -> None:
         """End it. The channel must be closed already: that is what it waits for."""
         try:

@@ -67,11 +67,6 @@ class Request:
         return len(self.tokens) - len(self.prompt)
 
     @property
-    def uncomputed(self) -> int:
-        """Known tokens not computed yet: 1 while decoding, more while (re)computing a prompt."""
-        return len(self.tokens) - self.computed
-
-    @property
     def output_left(self) -> int:
         """Tokens it may still emit."""
         return self.sampling.max_tokens - self.output_count

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import ParamSpec
 
-from kvpilot.clock import NS, Clock, SystemClock
+from kvpilot.clock import Clock, SystemClock
 from kvpilot.knobs import KNOBS
 from kvpilot.link.controls import LeaseBook, Scope
 from kvpilot.link.fields import HOOK_FIELDS, KNOB_PREFIX, STEP_FIELDS, Field, knob_field
@@ -181,13 +181,6 @@ class StepHook:
             telemetry.write_step(values, self._echo)
         except Exception:
             self._disable()
-
-    def observe(self, name: str, class_level: int, duration_s: float) -> None:
-        """Record one duration by name: `itl`, `ttft` or `queue_wait` (`step` comes from `duration_ns`)."""
-        self._guarded(self._observe, name, class_level, duration_s)
-
-    def _observe(self, name: str, class_level: int, duration_s: float) -> None:
-        self._histogram(name, class_level).record(round(duration_s * NS))
 
     def set_class(self, class_level: int, waiting: int, waiting_prompt_tokens: int) -> None:
         """What waits in one class."""

@@ -51,11 +51,6 @@ class LengthPredictor:
         # Quantile midpoints of a uniform law on 1..max_tokens: the last of them never equals max_tokens + 1.
         self._lengths = sorted(ceil((i + 0.5) / PRIOR_REQUESTS * max_tokens) for i in range(PRIOR_REQUESTS))
 
-    @property
-    def observed(self) -> int:
-        """Finished requests in the table."""
-        return len(self._recent)
-
     def observe(self, output_tokens: int) -> None:
         """A request finished with this many output tokens (clipped to 1..max_tokens)."""
         length = min(max(output_tokens, 1), self._max_tokens)

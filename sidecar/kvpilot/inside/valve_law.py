@@ -108,7 +108,7 @@ class ValveLaw:
             self._take(now_ns)
 
     def _settle(self, unreadable_ns: int, now_ns: int) -> None:
-        """Readable again: what ran out meanwhile lapsed when reading failed, and goes on opening from there."""
+        """Readable again: what ran out meanwhile lapsed when reading failed, and opens from there on."""
         for one in self._sheddings:
             if one.expires_ns <= now_ns:
                 one.expires_ns = min(one.expires_ns, unreadable_ns)

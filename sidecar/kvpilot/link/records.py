@@ -32,11 +32,6 @@ class Frame:
         self.size = self._covered + _WORD
         self.words = self.size // _WORD
 
-    def pack(self, sequence: int, *values: Any) -> bytes:
-        """The whole record."""
-        covered = self._struct.pack(sequence, *values)
-        return covered + zlib.crc32(covered).to_bytes(_WORD, "little")
-
     def unpack(self, data: bytes | memoryview, offset: int = 0) -> tuple[Any, ...] | None:
         """`(sequence, *values)`, or None where the record at `offset` is short, torn or was never written."""
         end = offset + self._covered
@@ -95,10 +90,6 @@ class StepLayout:
     def size(self) -> int:
         """Bytes of one record."""
         return self.frame.size
-
-    def pack(self, sequence: int, values: Sequence[float]) -> bytes:
-        """One whole record."""
-        return self.frame.pack(sequence, *values)
 
     def unpack(self, data: bytes | memoryview, offset: int = 0) -> "StepRecord | None":
         """The record at `offset`, or None where it is short, torn or was never written."""

@@ -59,9 +59,9 @@ def commit(engine: EagerExecutor, slices: list[Slice]) -> list[SliceResult]:
 
 
 def prefill(engine: EagerExecutor, request: Request, chunk: int = 512) -> None:
-    while request.uncomputed > 1 or not request.output_count:
-        count = min(chunk, request.uncomputed)
-        commit(engine, [Slice(request, request.computed, count, samples=count == request.uncomputed)])
+    while (left := len(request.tokens) - request.computed) > 1 or not request.output_count:
+        count = min(chunk, left)
+        commit(engine, [Slice(request, request.computed, count, samples=count == left)])
 
 
 def decode(request: Request, drafts: int = 0) -> Slice:

@@ -162,7 +162,7 @@ def test_values_are_the_same_object_while_nothing_changes() -> None:
 def test_latencies_reach_the_pilot_with_the_step_they_belong_to() -> None:
     engine = Engine()
     engine.hook.itl[1].record(5_000_000)
-    engine.hook.observe("ttft", 0, 0.25)
+    engine.hook.ttft[0].record(NS // 4)
     assert engine.reader.histogram("itl", 1).count == 0
     engine.step()
     assert engine.reader.histogram("itl", 1).quantile(0.5) == pytest.approx(0.005, rel=0.05)
@@ -217,7 +217,6 @@ def exercised(hook: StepHook) -> dict[str, float]:
     hook.itl[7].record(5)
     hook.ttft[0].record(5)
     hook.queue_wait[0].record(5)
-    hook.observe("itl", 0, 0.1)
     hook.set_class(0, 1, 1)
     hook.set_tenant("acme", 1, 1, 1, 1, 1)
     hook.end_step((1, 2, 3, 4))
