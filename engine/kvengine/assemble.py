@@ -119,6 +119,6 @@ def _facts(memory_plan: Plan, limits: Limits, target: ModelConfig) -> dict[str, 
     return {
         "plan": asdict(memory_plan),
         "oversubscribed": memory_plan.oversubscribed,
-        "max_tokens": limits.tokens,
+        "limits": asdict(limits),
         "vocabulary": target.vocab_size,
     }

@@ -28,6 +28,7 @@ from kvengine.frontend import EngineClient
 from kvengine.model.config import ModelConfig
 from kvengine.model.tokenizer import Tokenizer
 from kvengine.process import LOG_FORMAT, CoreProcess
+from kvengine.sched.admission import Limits
 from kvengine.server import ServedModel, Server
 from kvpilot.clock import SystemClock
 from kvpilot.inside.callers import Callers, CallersError
@@ -121,7 +122,7 @@ def _serve(config: EngineConfig, host: str, port: int) -> None:
     engine = EngineClient(core.channel)
     try:
         model = ServedModel(
-            config.name, core.facts["vocabulary"], core.facts["max_tokens"], len(config.classes)
+            config.name, core.facts["vocabulary"], Limits(**core.facts["limits"]), len(config.classes)
         )
         server = Server(engine, tokenizer, model, SystemClock())
         _listen(listener, host, port)

@@ -89,14 +89,19 @@ class Core:
 
     def accept(self, request: Request) -> str | None:
         """Queue a request, or say in one line why it can never be served."""
-        self.totals.arrivals += 1
         reason = refusal(len(request.prompt), request.sampling.max_tokens, self._limits)
         if reason is not None:
-            self.totals.rejected += 1
+            self.count_rejected()
             return reason
+        self.totals.arrivals += 1
         self.requests[request.id] = request
         self.scheduler.add(request)
         return None
+
+    def count_rejected(self) -> None:
+        """A request was refused, here or before it came here."""
+        self.totals.arrivals += 1
+        self.totals.rejected += 1
 
     def cancel(self, request_id: int) -> None:
         """Its client went away. Nothing happens if it has ended already: the two crossed."""

@@ -110,6 +110,10 @@ class EngineClient:
             raise GenerationError(503, CORE_GONE)
         return generation
 
+    def count_rejected(self) -> None:
+        """Tell the core that a request was refused here, for its totals."""
+        self._send(["reject", 0])
+
     def end(self, generation: Generation, kind: str) -> None:
         """`stop` or `cancel` a generation, unless it has ended."""
         if self._open.pop(generation.id, None) is not None:

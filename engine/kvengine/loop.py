@@ -4,7 +4,8 @@ One iteration is a *step boundary*: leases are read and expire here, arrivals an
 here, and nowhere else. Nothing in it blocks on the API process, and it ends when that process does.
 
 Messages from the API process: `["add", id, prompt, sampling, level, tenant, received_ns]`, `["cancel", id]`
-(the client went away), `["stop", id]` (its text reached a stop string).
+(the client went away), `["stop", id]` (its text reached a stop string), `["reject", 0]` (one was
+refused before it came here).
 To it: `["out", emitted_ns, [[id, tokens, finish or null, first_scheduled_ns, preemptions], ...]]` and
 `["fail", id, status, message]`.
 """
@@ -82,6 +83,8 @@ class EngineLoop:
             self._core.cancel(request_id)
         elif kind == "stop":
             self._core.stop(request_id)
+        elif kind == "reject":
+            self._core.count_rejected()
         else:
             prompt, sampling, level, tenant, received_ns = rest
             request = Request(request_id, prompt, SamplingParams(**sampling), level, tenant, received_ns)

@@ -13,7 +13,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -23,8 +23,9 @@ from starlette.requests import ClientDisconnect
 
 from kvengine.answer import Answer, ChatAnswer, TextAnswer
 from kvengine.frontend import CORE_GONE, EngineClient, Generation, GenerationError
-from kvengine.model.tokenizer import Tokenizer, TokenizerError
+from kvengine.model.tokenizer import TextTooLong, Tokenizer, TokenizerError
 from kvengine.protocol import BadRequest, Body, ChatBody, CompletionBody, error_body, parse, sampling
+from kvengine.sched.admission import Limits, refusal
 from kvpilot.clock import NS, Clock
 
 MAX_BODY_BYTES = 4 << 20
@@ -36,11 +37,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the server knows of the model. `max_tokens`: prompt and output together."""
+    """What the server knows of the model."""
 
     name: str
     vocabulary: int
-    max_tokens: int
+    limits: Limits
     levels: int = 1
 
 
@@ -106,11 +107,13 @@ class Server:
     async def _respond(
         self, request: Request, body: Body, prompt: list[int], received_ns: int, kind: type[Answer]
     ) -> Response:
+        asked = body.asked_tokens or max(1, self._model.limits.tokens - len(prompt))
+        reason = refusal(len(prompt), asked, self._model.limits)
+        if reason is not None:
+            self._refuse(reason)
         # A tokenizer may know tokens that its model lacks; one of them would fail the step of everybody.
         if prompt and not 0 <= min(prompt) <= max(prompt) < self._model.vocabulary:
             raise BadRequest(f"prompt: token ids go from 0 to {self._model.vocabulary - 1}", param="prompt")
-        # What does not fit is for the core to refuse, in one place and with its reason.
-        asked = body.asked_tokens or max(1, self._model.max_tokens - len(prompt))
         level, tenant = self._tag(request)
         generation = self._engine.submit(
             prompt, sampling(body, asked, secrets.randbits(48)), level, tenant, received_ns
@@ -133,10 +136,18 @@ class Server:
 
     def _encode(self, encode: Any, text: Any) -> list[int]:
         try:
-            tokens: list[int] = encode(text)
+            # Streams of others wait meanwhile: no more is encoded than can be served.
+            tokens: list[int] = encode(text, self._model.limits.tokens)
+        except TextTooLong as error:
+            self._refuse(str(error))
         except TokenizerError as error:
             raise BadRequest(str(error)) from None
         return tokens
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """It can never be served: the core need not see it, only count it."""
+        self._engine.count_rejected()
+        raise BadRequest(reason)
 
     def _tag(self, request: Request) -> tuple[int, str | None]:
         """Class level and tenant, from the valve's tag and nowhere else."""
@@ -160,7 +171,7 @@ class Server:
             "object": "model",
             "created": self._created_s,
             "owned_by": "kvengine",
-            "max_model_len": self._model.max_tokens,
+            "max_model_len": self._model.limits.tokens,
         }
 
 

@@ -216,12 +216,12 @@ def test_wrong_model_path_and_method_are_json_errors(shared: FakeEngine) -> None
 
 
 def test_a_request_larger_than_the_whole_pool_is_refused_at_the_door() -> None:
-    """Not queued for ever: the core says why, and who fits is served."""
+    """Not queued for ever: it is told why, and counted; who fits is served."""
     with fake_engine(blocks=8) as engine:
         response = post(engine, prompt="x" * 32)
         assert response.status_code == 400
         assert "whole KV memory is 32" in response.json()["error"]["message"]
-        assert engine.core.totals.rejected == 1
+        eventually(lambda: engine.core.totals.rejected == 1)
         assert post(engine, prompt="x" * 16, max_tokens=16).status_code == 200
 
 

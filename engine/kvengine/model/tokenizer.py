@@ -30,12 +30,18 @@ class TokenizerError(EngineError):
     """A tokenizer directory that cannot be read, or text that it cannot turn into tokens: one line."""
 
 
+class TextTooLong(TokenizerError):
+    """More characters than the tokens allowed can stand for."""
+
+
 class Tokenizer:
     """The tokenizer of one model directory."""
 
     def __init__(self, backend: Backend, settings: Mapping[str, Any], eos_ids: frozenset[int]) -> None:
         self.backend = backend
         self.eos_ids = eos_ids
+        self._longest_piece = max(map(len, backend.get_vocab()), default=1)
+        """Characters; in byte-level vocabularies bytes, which are no fewer."""
         self._special = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
         self._chat_template = _default_template(settings.get("chat_template"))
 
@@ -57,12 +63,15 @@ class Tokenizer:
         backend.no_padding()
         return cls(backend, settings, _eos_ids(folder, backend, settings))
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, with whatever special tokens this tokenizer puts around one."""
-        return self._encode(text, add_special_tokens=True)
+    def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
+        """Tokens of a prompt, with whatever special tokens this tokenizer puts around one.
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Tokens of a conversation ready for the assistant's next words."""
+        Raises TextTooLong, before the work of encoding, for a text that `most_tokens` cannot hold.
+        """
+        return self._encode(text, most_tokens, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], most_tokens: int | None = None) -> list[int]:
+        """Tokens of a conversation ready for the assistant's next words; `most_tokens` as in `encode`."""
         if self._chat_template is None:
             raise TokenizerError("this model has no chat template: use /v1/completions")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -73,13 +82,18 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise TokenizerError(f"the chat template refuses these messages: {error}") from error
         # The template writes the special tokens itself.
-        return self._encode(text, add_special_tokens=False)
+        return self._encode(text, most_tokens, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return self.backend.decode(list(tokens), skip_special_tokens=True)
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, most_tokens: int | None, *, add_special_tokens: bool) -> list[int]:
+        if most_tokens is not None and len(text) > most_tokens * self._longest_piece:
+            raise TextTooLong(
+                f"Too long: the prompt has {len(text)} characters, more than {most_tokens} tokens can hold. "
+                "Shorten the prompt."
+            )
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError) as error:  # the library takes half a surrogate for bytes

@@ -14,6 +14,7 @@ from kvengine.channel import Channel
 from kvengine.config import SHIPPED_TARGET
 from kvengine.frontend import EngineClient, GenerationError
 from kvengine.model.tokenizer import Tokenizer
+from kvengine.sched.admission import Limits
 from kvengine.server import ServedModel, Server
 from kvpilot.clock import VirtualClock
 
@@ -37,7 +38,7 @@ class Api:
         ours, theirs = socket.socketpair()
         self.core = Channel(theirs)
         self.engine = EngineClient(Channel(ours))
-        model = ServedModel("tiny", vocabulary, 512)
+        model = ServedModel("tiny", vocabulary, Limits(512, 1024))
         self.app = Server(self.engine, Tokenizer.load(SHIPPED_TARGET), model, VirtualClock()).app()
 
     async def call(self, receive: Callable[[], Awaitable[Message]]) -> list[Message]:
@@ -115,6 +116,28 @@ async def test_text_of_tokens_that_the_model_lacks_is_refused_and_fails_nobodys_
         start, _body = await one.call(receiving(body(prompt="once")))
         assert start["status"] == 400
         assert one.core.receive() == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": "x" * 512}, "the prompt has 512 tokens"),
+        ({"prompt": [1] * 1_000_000}, "the prompt has 1000000 tokens"),
+        ({"prompt": "x" * 3_000_000}, "the prompt has 3000000 characters"),
+        ({"max_tokens": 600}, "Ask for at most 508 tokens"),
+        ({"prompt": ""}, "The prompt is empty"),
+    ],
+)
+@in_a_loop
+async def test_what_can_never_be_served_does_not_reach_the_step_loop(
+    fields: dict[str, Any], words: str
+) -> None:
+    """The core learns that somebody was refused, for its totals, and no more."""
+    async with api() as one:
+        start, answer = await one.call(receiving(body(**fields)))
+        assert start["status"] == 400
+        assert words in json.loads(answer["body"])["error"]["message"]
+        assert await one.told() == [["reject", 0]]
 
 
 @in_a_loop

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from kvengine.model.tokenizer import Detokenizer, Tokenizer, TokenizerError
+from kvengine.model.tokenizer import Detokenizer, TextTooLong, Tokenizer, TokenizerError
 from kvengine.model.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE, tokenizer_files
 
 SHIPPED = Path(__file__).parents[3] / "engine/kvengine/weights/target"
@@ -124,6 +124,15 @@ def test_named_templates_and_token_objects_are_understood(tmp_path: Path) -> Non
     loaded = Tokenizer.load(folder)
     assert loaded.eos_ids == {1}
     assert loaded.encode_chat([])[0] == 0
+
+
+def test_a_text_that_cannot_be_few_enough_tokens_is_refused_before_it_is_encoded() -> None:
+    """A token is at most the longest piece of the vocabulary: here a special one of 9 characters."""
+    assert len(BYTES.encode("x" * 90, most_tokens=10)) == 90
+    chat = [{"role": "user", "content": "x" * 91}]
+    for encode, text in ((BYTES.encode, "x" * 91), (BYTES.encode_chat, chat)):
+        with pytest.raises(TextTooLong, match=r"characters, more than 10 tokens can hold"):
+            encode(text, most_tokens=10)
 
 
 def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
