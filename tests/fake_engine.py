@@ -122,6 +122,10 @@ class FakeEngine:
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, trust_env=False)
 
+    def open_requests(self) -> int:
+        """Requests whose clients still wait, as the server knows."""
+        return len(self.client._open)
+
     def all_blocks_free(self) -> bool:
         return not self.core.requests and self.scheduler.pool.free == self.scheduler.pool.total
 

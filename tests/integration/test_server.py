@@ -284,6 +284,8 @@ def test_a_client_that_goes_away_while_waiting_is_forgotten(engine: FakeEngine) 
     eventually(lambda: bool(engine.scheduler.running))
     with pytest.raises(httpx.ReadTimeout), engine.http() as http:
         http.post("/v1/completions", json={"prompt": "second"}, timeout=1.0)
+    # Only once the server has seen it leave: an engine let go earlier would serve it, and rightly.
+    eventually(lambda: engine.open_requests() == 1)
     engine.free()
     assert first.result().status_code == 200
     eventually(lambda: engine.core.totals.cancelled == 1)
