@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -135,8 +136,9 @@ def _serve(config: EngineConfig, host: str, port: int) -> None:
 
 async def _run(server: Server, engine: EngineClient, listener: socket.socket) -> None:
     engine.attach()
+    valve = Valve(server.app())
     settings = uvicorn.Config(
-        Valve(server.app()),
+        valve,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=DRAIN_S,
@@ -144,10 +146,22 @@ async def _run(server: Server, engine: EngineClient, listener: socket.socket) ->
     )
     # The server drains on these signals and then raises them again; we are leaving by then anyway.
     _on_stop_signals(signal.SIG_IGN)
-    await uvicorn.Server(settings).serve(sockets=[listener])
+    await DrainingServer(settings, valve).serve(sockets=[listener])
     # The lifespan has reported its end and may still be tidying up behind it.
     if rest := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(rest, timeout=1)
+
+
+class DrainingServer(uvicorn.Server):
+    """Tells the valve at the signal: uvicorn reads on for a while, and its lifespan ends only after all."""
+
+    def __init__(self, settings: uvicorn.Config, valve: Valve) -> None:
+        super().__init__(settings)
+        self._valve = valve
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._valve.drain()
+        super().handle_exit(sig, frame)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -215,6 +215,10 @@ class Valve:
                 self._guarded(self._poll, now_ns)
             await self._clock.sleep_until(now_ns + WATCH_NS)
 
+    def drain(self) -> None:
+        """The server was asked to stop: new requests are told so. Safe to call from a signal handler."""
+        self._law.drain()
+
     def close(self) -> None:
         """Give up page and lock; requests pass from here on. The page stays for the flight recorder."""
         self._guarded(self._poll, self._clock.monotonic_ns())
