@@ -220,6 +220,7 @@ def _ended(pidfd: int) -> bool:
         (("--memory", "lots"), 2, "'lots' is not a size"),
         (("--memory", "8MiB"), 1, "leave no KV block"),
         (("--external-memory", "64MiB"), 2, "as in 64MiB@10s"),
+        (("--kv-fraction", "1.5"), 2, "kv_fraction=1.5: a share"),
         (("--prefill-chunk", "4096"), 2, "lower it or raise --step-tokens"),
         (("--callers", "/nowhere.json"), 2, "callers file /nowhere.json"),
         (("--host", "203.0.113.7"), 1, "choose another --host or --port"),
