@@ -53,7 +53,7 @@ def serve(
     ] = None,
     draft: Annotated[str | None, typer.Option(help="Draft model directory, or none.")] = None,
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes any free one.")] = 8000,
     memory: Annotated[str, typer.Option(help="Device memory: weights, KV and steps.")] = "256MiB",
     kv_fraction: Annotated[
         float | None, typer.Option(help="Share for KV of what weights leave, instead of what is safe.")

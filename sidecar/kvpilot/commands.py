@@ -108,9 +108,12 @@ def override(
     knob, _, text = setting.partition("=")
     try:
         value = None if text == "none" else float(text)
+    except ValueError:
+        _fail(f"{setting!r}: write KNOB=NUMBER or KNOB=none")
+    try:
         for_s = parse_duration(for_) / NS
     except ValueError as error:
-        _fail(error if text and "duration" in str(error) else f"{setting!r}: write KNOB=NUMBER or KNOB=none")
+        _fail(f"--for {for_}: {error}")
     order = {"do": "override", "knob": knob, "value": value, "for_s": for_s, "why": why, "scope": scope}
     _ask(config, order)
     typer.echo(f"{knob}: override ended" if value is None else f"{knob} held at {text} for {for_}")

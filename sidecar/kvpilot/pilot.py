@@ -9,7 +9,7 @@ one ttl later.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kvpilot.adapters.actuator import Actuator
@@ -25,6 +25,7 @@ from kvpilot.link.manifest import ManifestKnob
 from kvpilot.orders import Orders
 from kvpilot.policy.context import Context, Slo
 from kvpilot.policy.evaluate import Inputs, evaluate
+from kvpilot.policy.expr import LOWEST
 from kvpilot.policy.outcome import Notice
 from kvpilot.policy.rules import PolicySet
 from kvpilot.policy.state import State
@@ -60,6 +61,7 @@ class Pilot:
     _exhaustion: KvExhaustion = field(default_factory=KvExhaustion)
     _adopted: list[Adopted] = field(default_factory=list)
     _said: str | None = None
+    _armed: bool | None = None
 
     def use(self, policies: PolicySet) -> None:
         """Fly these policies from the next tick on; rules whose text is unchanged keep their state."""
@@ -98,7 +100,9 @@ class Pilot:
         # publish
         for notice in outcome.notices:
             self.notify(notice, wall_ns)
-        tick = Tick(now_ns, wall_ns, sight, context.armed, off, inputs, context, outcome, leases)
+        arming = None if context.armed else self._awaited(sight)
+        tick = Tick(now_ns, wall_ns, sight, context.armed, arming, off, inputs, context, outcome, leases)
+        self._say_armed(context.armed, arming)
         return self._publish(tick, readings)
 
     def withdraw(self) -> None:
@@ -126,10 +130,37 @@ class Pilot:
             self.ledger.event(
                 "engine", f"{sight.nonce:016x} {model}, {len(self._adopted)} leases adopted", wall_ns
             )
+            self._compare_classes(manifest.classes)
         elif state != self._said and (sight.waiting_for or sight.liveness in ("dead", "stalled", "wedged")):
             _log.warning("waiting: %s", state) if sight.waiting_for else _log.warning("%s", state)
             self.ledger.event("engine", state, wall_ns)
         self._said = state
+
+    def _compare_classes(self, engines: tuple[str, ...]) -> None:
+        """Levels in scopes mean the engine's classes: other names mean that promises go to nobody."""
+        targets = self.slo.items()
+        ours = tuple(name for name, each in targets if isinstance(each, Mapping) and name != LOWEST)
+        if engines and engines != ours:
+            _log.warning(
+                "classes: kvpilot.yaml has %s, this engine has %s (lowest first): "
+                "give both the same callers file, or rename the classes",
+                ", ".join(ours),
+                ", ".join(engines),
+            )
+
+    def _awaited(self, sight: Sight) -> str:
+        """What `arm` still waits for."""
+        finished = (sight.record.get("finished_total") if sight.record is not None else None) or 0
+        left_s, left = self.arm.after - sight.age_s, self.arm.finished - finished
+        waits = [f"in {left_s:.0f} s"] if left_s > 0 else []
+        waits += [f"after {left:.0f} more finished requests"] if left > 0 else []
+        return " and ".join(waits)
+
+    def _say_armed(self, armed: bool, arming: str | None) -> None:
+        """Once for each change: a pilot that does not act must say so."""
+        if armed != self._armed:
+            self._armed = armed
+            _log.info("armed: rules act" if armed else f"arms {arming}; until then rules run shadowed")
 
     def _forecast(self, sight: Sight) -> Reading | Missing:
         """KV time to exhaustion, as a signal like any other."""

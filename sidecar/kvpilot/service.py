@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 from collections.abc import Mapping
 from datetime import UTC
 from pathlib import Path
@@ -69,8 +70,9 @@ class Service:
         try:
             policies = directory.load()
             place = LinkPlace(config.engine.telemetry, config.engine.controls, name, trusted_uids(environ))
-            self._listening = listen(config.api.host, config.api.port)
+            # First: a second pilot must hear who flies already, not that its port is taken.
             self._controls = Controls.open(place, clock)
+            self._listening = self._listen(config)
             self._store = self._open_journal(config)
         except (PolicyErrors, LinkError, HttpError, JournalError) as error:
             raise StartError(str(error)) from error
@@ -82,6 +84,14 @@ class Service:
         self._socket = OperatingSocket(self.flight, self._path_of_socket())
         self._stopping = False
         self._use(policies)
+        self._say_orders()
+
+    def _listen(self, config: Config) -> socket.socket:
+        try:
+            return listen(config.api.host, config.api.port)
+        except HttpError:
+            self._controls.close()
+            raise
 
     def _open_journal(self, config: Config) -> JournalStore:
         assert config.journal is not None, "load() has filled this in"
@@ -131,10 +141,18 @@ class Service:
         self.flight.pilot.ledger.event("policies", names, self._clock.wall_ns())
         _log.info("policies: %s", names)
 
+    def _say_orders(self) -> None:
+        """Orders survive a restart: whoever starts a pilot must hear of them."""
+        orders = self.flight.pilot.orders
+        for order in orders.in_force(self._clock.monotonic_ns()):
+            _log.warning("override in force: %s = %g: %s (%s)", order.knob, order.value, order.why, order.who)
+        if orders.off is not None:
+            _log.warning("off: %s (%s); `kvpilot on` lets policies act", orders.off.why, orders.off.who)
+
     async def run(self) -> None:
-        """Fly until SIGTERM or SIGINT. Raises StartError."""
+        """Fly until told to stop, or until the terminal is closed. Raises StartError."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self.stop)
         try:
             await self._socket.open()

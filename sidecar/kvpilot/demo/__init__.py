@@ -20,12 +20,13 @@ from kvpilot.workload.arrival import Arrival
 from kvpilot.workload.azure import TraceError, read_azure, scale
 from kvpilot.workload.generator import generate
 
+SECONDS = 15.0
 TRACE_TOKENS = 1_600
 """Prompt plus output of a trace's request, at most: longer ones are scaled down to it."""
 
 
 def main(
-    seconds: float = 15.0,
+    seconds: float = SECONDS,
     seed: int = 1,
     scenario: ScenarioName = "burst",
     trace: Path | None = None,
@@ -54,6 +55,8 @@ async def _demo(
     with tempfile.TemporaryDirectory(prefix="kvpilot-demo-") as folder:
         flight = Flight(SCENARIOS[scenario], Path(folder), screen, SystemClock())
         screen.say(f"Scenario {scenario}: {SCENARIOS[scenario].summary}. Starting the engine ...")
+        if seconds < SECONDS:
+            screen.say(f"Legs of {seconds:g} s show little but the first reaction; try {SECONDS:g}.")
         try:
             await flight.start(prompt)
             arrivals = _arrivals(rows, seed, seconds, scenario, flight)

@@ -32,6 +32,8 @@ class Tick:
     wall_ns: int
     sight: Sight
     armed: bool = False
+    arming: str | None = None
+    """What is still awaited before rules may act, for people; None once they may."""
     off: Off | None = None
     inputs: Inputs = field(default_factory=dict)
     context: Context | None = None

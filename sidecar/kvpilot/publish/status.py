@@ -29,6 +29,7 @@ def status(flight: Flight) -> dict[str, Any]:
             "missed_ticks": board.missed,
             "failed_ticks": board.failures,
             "armed": tick.armed if tick else False,
+            "arming": tick.arming if tick else None,
             "off": {"why": tick.off.why, "who": tick.off.who} if tick and tick.off else None,
         },
         "engine": {"name": name, "state": "waiting"},

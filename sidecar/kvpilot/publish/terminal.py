@@ -23,7 +23,8 @@ def _headline(status: Mapping[str, Any]) -> Text:
     if pilot["off"]:
         line.append(f"  OFF: {pilot['off']['why']} ({pilot['off']['who']})", style="bold red")
     elif not pilot["armed"]:
-        line.append("  not armed: rules run shadowed", style="yellow")
+        awaited = f"arms {pilot['arming']}; until then" if pilot["arming"] else "not armed:"
+        line.append(f"  {awaited} rules run shadowed", style="yellow")
     for order in status["overrides"]:
         line.append(
             f"\noverride {order['knob']} {order['scope']} = {order['value']:g} for {order['left_s']:.0f} s:"
@@ -43,8 +44,16 @@ def _knobs(status: Mapping[str, Any]) -> Table:
             for lease in held
         )
         by = ", ".join(f"{lease['policy']}/{lease['rule']}" for lease in held)
-        table.add_row(name, _number(knob["value"]), _number(knob["baseline"]), leases, by)
+        table.add_row(name, _in_force(knob), _number(knob["baseline"]), leases, by)
     return table
+
+
+def _in_force(knob: Mapping[str, Any]) -> str:
+    """The engine's value; of a knob that works by scope, what holds in each, or its baseline."""
+    if knob["value"] is not None:
+        return _number(knob["value"])
+    scopes = [f"{_number(value)} {scope}" for scope, value in knob["scopes"].items()]
+    return ", ".join(scopes) or _number(knob["baseline"])
 
 
 def _rules(status: Mapping[str, Any]) -> Table:

@@ -378,3 +378,32 @@ def test_an_adopted_lease_keeps_the_number_of_its_decision_and_is_no_action() ->
     assert [lease.decision_id for lease in slot.leases] == [41]
     assert world.pilot.ledger.actions == 0
     assert world.of(DecisionRecord) == []
+
+
+def test_a_pilot_that_may_not_act_yet_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    """In the log once for each change, and in every tick for the status."""
+    caplog.set_level("INFO", "kvpilot.pilot")
+    world = World(arm=Arm(after=5.0, finished=20))
+    world.start_engine()
+    tick = world.ticks(1, running=1, finished_total=3)
+    assert tick.arming == "in 4 s and after 17 more finished requests"
+    assert world.ticks(5, finished_total=3).arming == "after 17 more finished requests"
+    assert world.ticks(0.2, finished_total=20).arming is None
+    said = [record.getMessage() for record in caplog.records if "arm" in record.getMessage()]
+    assert len(said) == 2
+    assert "until then rules run shadowed" in said[0]
+    assert said[1] == "armed: rules act"
+
+
+@pytest.mark.parametrize(("ours", "warned"), [(("batch", "interactive"), False), (("gold",), True)])
+def test_classes_that_the_engine_does_not_have_are_named(
+    ours: tuple[str, ...], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    by_class = {name: {"itl": 0.05, "ttft": 1.0} for name in ours}
+    world = World(slo={"itl": 0.05, "ttft": 1.0, **by_class, "lowest": by_class[ours[0]]})
+    world.start_engine()
+    world.ticks(1, running=1)
+    said = [record.getMessage() for record in caplog.records if "classes" in record.getMessage()]
+    assert len(said) == warned
+    if warned:
+        assert "kvpilot.yaml has gold, this engine has batch, interactive" in said[0]
