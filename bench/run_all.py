@@ -32,7 +32,12 @@ def main() -> None:
 
 def write(reports: list[dict[str, Any]]) -> None:
     """docs/benchmarks.md from the benches' own JSON."""
-    lines = ["# Benchmarks", "", f"`make bench`, {datetime.date.today().isoformat()}. No GPU.", ""]
+    lines = [
+        "# Benchmarks",
+        "",
+        f"Each by the command beside it (`make bench` runs them all), {datetime.date.today().isoformat()}. No GPU.",
+        "",
+    ]
     for report in reports:
         lines += section(report)
     (ROOT / "docs").mkdir(exist_ok=True)
