@@ -32,12 +32,9 @@ def main() -> None:
 
 def write(reports: list[dict[str, Any]]) -> None:
     """docs/benchmarks.md from the benches' own JSON."""
-    lines = [
-        "# Benchmarks",
-        "",
-        f"Each by the command beside it (`make bench` runs them all), {datetime.date.today().isoformat()}. No GPU.",
-        "",
-    ]
+    when = datetime.date.today().isoformat()
+    how = f"Each by the command beside it (`make bench` runs them all), {when}. No GPU."
+    lines = ["# Benchmarks", "", how, ""]
     for report in reports:
         lines += section(report)
     (ROOT / "docs").mkdir(exist_ok=True)
