@@ -35,7 +35,11 @@ _U64 = struct.Struct("<Q")
 _SEQUENCES = struct.Struct(f"<Q{SLOT_BYTES - 8}xQ")
 
 ScopeKind = Literal["all", "class_at_most", "tenant"]
-_SCOPES: tuple[ScopeKind, ...] = ("all", "class_at_most", "tenant")
+SCOPE_KINDS: tuple[ScopeKind, ...] = ("all", "class_at_most", "tenant")
+"""In pages a scope is a number: its place here, counted from 1."""
+_KIND = 0xFF
+_ORDER = 0x100
+"""A lease's scope word: the kind in its lowest byte, flags above it; unknown flags are ignored."""
 
 
 class Scope(NamedTuple):
@@ -55,6 +59,8 @@ class Lease:
     ttl_ns: int
     renewal: int
     decision_id: int = 0
+    order: bool = False
+    """A person's: where it matches a request, leases of policies on the same knob do not count."""
 
 
 class Slot(NamedTuple):
@@ -85,7 +91,7 @@ def _encode_lease(lease: Lease) -> bytes:
     return _ENTRY.pack(
         knob,
         tenant,
-        _SCOPES.index(kind) + 1,
+        SCOPE_KINDS.index(kind) + 1 | (_ORDER if lease.order else 0),
         level,
         lease.value,
         lease.ttl_ns,
@@ -113,15 +119,16 @@ def decode_slot(data: bytes | memoryview) -> Slot | None:
 def _decode_lease(data: bytes | memoryview, offset: int) -> Lease | None:
     """None for an entry that cannot be obeyed: not finite, no time to live, senseless names or scope."""
     knob, tenant, kind, level, value, ttl_ns, renewal, decision_id = _ENTRY.unpack_from(data, offset)
-    if not math.isfinite(value) or not ttl_ns or not 1 <= kind <= len(_SCOPES):
+    kind, flags = kind & _KIND, kind & ~_KIND
+    if not math.isfinite(value) or not ttl_ns or not 1 <= kind <= len(SCOPE_KINDS):
         return None
     try:
         name, tenant_name = knob.rstrip(b"\0").decode(), tenant.rstrip(b"\0").decode()
     except UnicodeDecodeError:
         return None
-    scope_kind = _SCOPES[kind - 1]
+    scope_kind = SCOPE_KINDS[kind - 1]
     argument = {"all": None, "class_at_most": level, "tenant": tenant_name}[scope_kind]
-    return Lease(name, Scope(scope_kind, argument), value, ttl_ns, renewal, decision_id)
+    return Lease(name, Scope(scope_kind, argument), value, ttl_ns, renewal, decision_id, bool(flags & _ORDER))
 
 
 def newest_slot(page: bytes | memoryview) -> Slot | None:

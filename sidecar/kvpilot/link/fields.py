@@ -47,6 +47,7 @@ _FIELDS = (
     Field("kv_blocks_free", "u64", "blocks", "KV blocks that nothing holds."),
     Field("kv_blocks_cached", "u64", "blocks", "Unreferenced KV blocks kept for reuse."),
     Field("kv_blocks_shared", "u64", "blocks", "KV blocks with more than one reference."),
+    Field("blocks_step", "u64", "steps", "Value of steps_total when cached and shared blocks were counted."),
     Field("tail_waste_tokens", "u64", "tokens", "Allocated KV token slots that hold no token yet."),
     Field("preemptions_total", "u64", "requests", "Running requests sent back to the queue."),
     Field("recomputed_tokens_total", "u64", "tokens", "Tokens computed again after a preemption."),
@@ -60,6 +61,7 @@ _FIELDS = (
     Field("device_free_bytes", "u64", "bytes", "Device memory nobody holds, between steps."),
     Field("device_reserved_bytes", "u64", "bytes", "Device memory the engine's allocator holds."),
     Field("device_allocated_bytes", "u64", "bytes", "Device memory in live tensors, between steps."),
+    Field("host_available_bytes", "u64", "bytes", "Memory that machine and container limits leave."),
     Field("controls_sequence", "u64", "-", "Sequence of the controls page in force; 0 before the first."),
     Field("controls_ignored_total", "u64", "leases", "Leases ignored: foreign, malformed, unknown knob."),
     Field("demand_step", "u64", "steps", "Value of steps_total when the demand fields were last computed."),
@@ -72,7 +74,10 @@ _FIELDS = (
 
 STEP_FIELDS: dict[str, Field] = {field.name: field for field in _FIELDS}
 
-HOOK_FIELDS = ("controls_sequence", "controls_ignored_total")
+HOST_FIELD = "host_available_bytes"
+"""Provided where the hook can read it; ten times a second at most."""
+
+HOOK_FIELDS = ("controls_sequence", "controls_ignored_total", HOST_FIELD)
 """Fields that the step hook fills by itself, as it does the knob echoes; an engine never passes them."""
 
 KNOB_PREFIX = "knob."

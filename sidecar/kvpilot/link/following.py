@@ -13,6 +13,7 @@ from pathlib import Path
 from kvpilot.clock import NS
 from kvpilot.link import locks, trust
 from kvpilot.link.controls import CONTROLS_BYTES
+from kvpilot.link.held_read import HeldReader
 from kvpilot.link.page import HEADER_BYTES, LinkError, PageHeader, PageKind
 
 RECHECK_NS = 1 * NS
@@ -39,10 +40,13 @@ class ReadablePage:
         os.close(self._fd)
 
 
-def open_pages(directory: Path, kind: PageKind, uids: frozenset[int], *, locked: bool) -> list[ReadablePage]:
+def open_pages(
+    directory: Path, kind: PageKind, uids: frozenset[int], *, locked: bool, leave_out: str | None = None
+) -> list[ReadablePage]:
     """Pages of `kind` (telemetry, valve) in `directory`, newest start first; `locked`: of live writers.
 
-    A directory that is not there yet holds none. Raises LinkError where there are pages, none of them usable.
+    `leave_out` names a file that is not opened. A directory that is not there yet holds none. Raises
+    LinkError where there are pages, none of them usable.
     """
     try:
         handle = trust.open_directory(directory, uids)
@@ -52,7 +56,7 @@ def open_pages(directory: Path, kind: PageKind, uids: frozenset[int], *, locked:
     problem: LinkError | None = None
     try:
         for name in os.listdir(handle):
-            if not re.fullmatch(rf"{kind}-[0-9a-f]{{16}}\.kvp", name):
+            if name == leave_out or not re.fullmatch(rf"{kind}-[0-9a-f]{{16}}\.kvp", name):
                 continue
             try:
                 page = _open(handle, directory / name, kind, uids, locked=locked)
@@ -100,30 +104,33 @@ class ControlsFile:
         self.path = path
         self.error: str | None = None
         """One line about why the file is not used; None while it is, or while there is none."""
+        self.absent_since_ns: int | None = None
+        """When a look first found no file; None while there is one."""
         self._uids = uids
         self._fd: int | None = None
         self._identity: tuple[int, int] | None = None
         self._check_ns: int | None = None
-        self._page = memoryview(bytearray(CONTROLS_BYTES))
-        self._into = [self._page]
+        self._reader = HeldReader(CONTROLS_BYTES)
+        self._page = self._reader.view
 
     def read(self, now_ns: int) -> memoryview | None:
         """The page as it is now: one bounded read. None where there is no file that can be used."""
         if self._check_ns is None or now_ns >= self._check_ns:
             self._check_ns = now_ns + RECHECK_NS
-            self._follow()
+            self._follow(now_ns)
         if self._fd is None:
             return None
         try:
-            size = os.preadv(self._fd, self._into, 0)
+            size = self._reader.read(self._fd)
         except OSError as error:
             # Weather, not a bug of ours: leases run out meanwhile, and the next look opens the file anew.
             self._give_up(error)
             return None
         return self._page if size == CONTROLS_BYTES else self._page[:size]
 
-    def _follow(self) -> None:
+    def _follow(self, now_ns: int) -> None:
         """Open the file that now has the name, if it is another one than before."""
+        absent_since_ns, self.absent_since_ns = self.absent_since_ns, None
         try:
             status = os.stat(self.path, follow_symlinks=False)
             if (status.st_dev, status.st_ino) == self._identity:
@@ -136,6 +143,7 @@ class ControlsFile:
         except FileNotFoundError:
             self.close()
             self.error = None
+            self.absent_since_ns = now_ns if absent_since_ns is None else absent_since_ns
         except (LinkError, OSError) as error:
             self._give_up(error)
 

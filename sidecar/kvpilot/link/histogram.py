@@ -118,10 +118,10 @@ class HistogramWriter:
     """Collects durations during a step and adds them to the page in one go.
 
     `record(duration_ns)` is the append of a bounded queue itself, the cheapest call Python has; `flush`
-    does the arithmetic once a step.
+    does the arithmetic once a step. `record_many` is for one duration that many share.
     """
 
-    __slots__ = ("_base", "_sequence", "_sum_ns", "_words", "pending", "record")
+    __slots__ = ("_base", "_sequence", "_sum_ns", "_words", "pending", "record", "shared")
 
     def __init__(self, words: memoryview | None, base: int) -> None:
         self._words = words
@@ -130,11 +130,18 @@ class HistogramWriter:
         self._sum_ns = 0
         self.pending: deque[int] = deque(maxlen=PENDING if words is not None else 0)
         self.record: Callable[[int], None] = self.pending.append
+        self.shared: dict[int, int] = {}
+        """Pending too: how many times each of these durations."""
+
+    def record_many(self, duration_ns: int, count: int) -> None:
+        """`record` the same duration `count` times, at the cost of once."""
+        if self._words is not None:
+            self.shared[duration_ns] = self.shared.get(duration_ns, 0) + count
 
     def flush(self) -> None:
         """Add what is pending."""
         words, base, pending = self._words, self._base, self.pending
-        if words is None or not pending:
+        if words is None or not (pending or self.shared):
             return
         words[base] = self._sequence + 1
         sum_ns = self._sum_ns
@@ -149,6 +156,11 @@ class HistogramWriter:
                 # A clock that jumped must not overflow the sum.
                 sum_ns += min(max(duration_ns, 0), _HIGH_NS)
         pending.clear()
+        if self.shared:
+            for duration_ns, count in self.shared.items():
+                words[first + bucket_index(duration_ns)] += count
+                sum_ns += count * min(max(duration_ns, 0), _HIGH_NS)
+            self.shared.clear()
         self._sum_ns = sum_ns
         words[base + 1] = sum_ns
         self._sequence += 2
@@ -158,4 +170,5 @@ class HistogramWriter:
         """Record nothing from now on. A `record` that the engine kept fills a queue that is bounded."""
         self._words = None
         self.pending.clear()
+        self.shared.clear()
         self.record = discard

@@ -66,6 +66,8 @@ class Manifest:
     fields: tuple[Field, ...]
     classes: tuple[str, ...] = ()
     """Class names by level, lowest first: index = level, as leases with `classAtMost` mean it."""
+    queue_order: str = "arrival"
+    """`class` where higher classes are admitted first, else `arrival`: everybody waits for everybody."""
     rank: int = 0
     world: dict[str, int] = field(default_factory=lambda: {"dp": 1, "tp": 1, "pp": 1})
     activation_bytes_per_token: int | None = None

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAGIC = b"kvpilot\0"
-VERSION = 0
+VERSION = 1
+"""Frozen: `docs/link.md` says what may grow without another one."""
 HEADER_BYTES = 256
 SECTIONS = 6
 

@@ -11,7 +11,8 @@ CRC-32 of zeros is not zero.
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from kvpilot.link.fields import Field
@@ -71,6 +72,41 @@ class FrameWriter:
         end = start + self._covered
         self._page[start:end] = record
         self._words[end // _WORD] = zlib.crc32(record)
+
+    def write_packed(self, word: int, record: bytearray) -> None:
+        """`write` for a record that is packed already: sequence and body."""
+        start = word * _WORD
+        end = start + self._covered
+        self._page[start:end] = record
+        self._words[end // _WORD] = zlib.crc32(record)
+
+
+class PackedStep:
+    """A step record in packed form, changed in place: what stays as it was costs a step nothing.
+
+    Setters for fields that move together are made once: `set_load = step.setter("running", "waiting")`, and
+    then `set_load(3, 0)`. Raises struct.error for a misfit value.
+    """
+
+    __slots__ = ("_index", "data", "fields", "set_sequence")
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self.fields = tuple(fields)
+        self._index = {field.name: position for position, field in enumerate(fields)}
+        self.data = bytearray(_WORD * (len(fields) + 1))
+        self.set_sequence = partial(struct.Struct("<Q").pack_into, self.data, 0)
+        """For the writer of records."""
+
+    def setter(self, *names: str) -> Callable[..., None]:
+        """Sets these fields, which follow one another in the record. Raises KeyError for one that is not in
+        it, ValueError where they do not follow.
+        """
+        positions = [self._index[name] for name in names]
+        first = positions[0]
+        if positions != list(range(first, first + len(names))):
+            raise ValueError(f"fields {', '.join(names)}: not one after another in the record")
+        form = "".join("Q" if self.fields[position].type == "u64" else "d" for position in positions)
+        return partial(struct.Struct("<" + form).pack_into, self.data, _WORD * (first + 1))
 
 
 class StepLayout:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from kvpilot.link.ending import ENDING_FRAME, Ending
 from kvpilot.link.histogram import (
     HISTOGRAM_WORDS,
     ONE,
@@ -21,7 +22,7 @@ from kvpilot.link.histogram import (
 )
 from kvpilot.link.manifest import MANIFEST_MAX_BYTES, Manifest
 from kvpilot.link.page import HEADER_BYTES, Identity, LinkError, PageHeader
-from kvpilot.link.records import Frame, FrameWriter, StepLayout, StepRecord
+from kvpilot.link.records import Frame, FrameWriter, PackedStep, StepLayout, StepRecord
 from kvpilot.link.telemetry_page import (
     CLASS_FRAME,
     HEAD_BYTES,
@@ -38,11 +39,14 @@ from kvpilot.link.telemetry_page import (
     plan_page,
 )
 
-__all__ = ["ClassRow", "TelemetryReader", "TelemetryWriter", "TenantRow", "plan_page"]
+__all__ = ["ClassRow", "Ending", "TelemetryReader", "TelemetryWriter", "TenantRow", "plan_page"]
 
 POLL_RECORDS = 1_024
 
 _U64 = struct.Struct("<Q")
+_SECTIONS = 5
+_PAGE_LIMIT = 1 << 40
+"""Far above any page: what a damaged header says must not become an offset that `pread` refuses."""
 
 
 class TelemetryWriter:
@@ -72,6 +76,8 @@ class TelemetryWriter:
         self._first_record = (plan.ring + HEAD_BYTES) // WORD
         self._steps = FrameWriter(plan.layout.frame, self._words)
         self._record_words = plan.layout.frame.words
+        self._record_count = record_count
+        self._fields = manifest.fields
         self._classes = FrameWriter(CLASS_FRAME, self._words)
         self._class_sequences = [0] * MAX_CLASSES
         self._tenants = FrameWriter(TENANT_FRAME, self._words)
@@ -84,10 +90,11 @@ class TelemetryWriter:
             for level in range(MAX_CLASSES)
         }
         self._step_histogram = HistogramWriter(self._words, self._histogram_word(ONE, 0))
+        self._ended = False
         self._thread = 0
         body = plan.manifest_json
         view[HEADER_BYTES : HEADER_BYTES + len(body)] = body
-        sections = (plan.ring, plan.histograms, plan.classes, plan.tenants)
+        sections = (plan.ring, plan.histograms, plan.classes, plan.tenants, plan.ending)
         header = PageHeader(
             "telemetry",
             plan.page_bytes,
@@ -115,12 +122,30 @@ class TelemetryWriter:
         if self._thread != threading.get_ident():
             self._bind_thread()
         sequence = self._sequence + 1
-        slot = (sequence - 1) % self._plan.record_count
+        slot = self._sequence % self._record_count
         self._steps.write_parts(self._first_record + slot * self._record_words, sequence, values, more)
         # The head is a hint where to look; the record itself says whether it is there.
         self._words[self._head] = sequence
         self._sequence = sequence
         return sequence
+
+    def packed_step(self) -> PackedStep:
+        """A record for `write_packed`, all zero."""
+        return PackedStep(self._fields)
+
+    def write_packed(self, step: PackedStep) -> None:
+        """`write_step` for a record that is kept in packed form."""
+        if self._thread != threading.get_ident():
+            self._bind_thread()
+        slot = self._sequence % self._record_count
+        sequence = self._sequence = self._sequence + 1
+        step.set_sequence(sequence)
+        self._steps.write_packed(self._first_record + slot * self._record_words, step.data)
+        self._words[self._head] = sequence
+
+    def mark_boundary(self, now_ns: int) -> None:
+        """The engine is at a step boundary. If no record follows, that is how far it came."""
+        self._words[self._head + 1] = now_ns
 
     def set_class(self, class_index: int, waiting: int, waiting_prompt_tokens: int) -> None:
         """Replace one class's row."""
@@ -156,6 +181,13 @@ class TelemetryWriter:
         self._tenant_rows[name] = slot
         return slot
 
+    def write_ending(self, ending: Ending) -> None:
+        """Say how this engine start ended. The first word stands; any thread may have it."""
+        if self._ended:
+            return
+        self._ended = True
+        FrameWriter(ENDING_FRAME, self._words).write(self._plan.ending // WORD, 1, *ending.pack())
+
     def close(self) -> None:
         """Let go of the buffer; nothing may be written afterwards."""
         self._words.release()
@@ -185,11 +217,22 @@ class TelemetryReader:
             raise LinkError(f"telemetry page: {error}") from error
         if header.record_bytes != self._layout.size or not header.record_count:
             raise LinkError("damaged kvpilot telemetry page: the manifest's fields do not fit its records")
+        ring_bytes = HEAD_BYTES + header.record_count * header.record_bytes
+        ends = (header.sections[0] + ring_bytes, *header.sections[1:_SECTIONS])
+        if (
+            not HEADER_BYTES
+            <= min(header.sections[:_SECTIONS])
+            <= max(ends)
+            <= header.page_bytes
+            < _PAGE_LIMIT
+        ):
+            raise LinkError("damaged kvpilot telemetry page: its sections do not lie inside it")
         self.nonce = header.nonce
         self.identity = header.identity
         self.start_wall_ns = header.identity.start_wall_ns
-        self._count = header.record_count
-        self._ring, self._histograms, self._classes, self._tenants = header.sections[:4]
+        self.record_count = header.record_count
+        """Records that the ring holds at most."""
+        self._ring, self._histograms, self._classes, self._tenants, self._ending = header.sections[:_SECTIONS]
         self._last = 0
         self.skipped = 0
         """Records that were overwritten, torn or beyond `limit` before they could be read."""
@@ -200,7 +243,7 @@ class TelemetryReader:
         head = _U64.unpack(raw)[0] if len(raw) == WORD else 0
         if head <= self._last:
             return []
-        first = max(self._last + 1, head - min(limit, self._count) + 1)
+        first = max(self._last + 1, head - min(limit, self.record_count) + 1)
         records = self._read_records(first, head)
         if not records or records[-1].sequence != head:
             # Being written or lapped at that very moment; a second look settles it, else the next poll.
@@ -210,13 +253,27 @@ class TelemetryReader:
             self._last = records[-1].sequence
         return records
 
+    def ring(self) -> list[StepRecord]:
+        """Every whole record that the ring still holds, oldest first: for a page whose writer is gone, when
+        even the newest record's number cannot be trusted. Reads all of it.
+        """
+        size = self._layout.size
+        data = memoryview(self._read_at(self._ring + HEAD_BYTES, self.record_count * size))
+        found = []
+        for slot in range(len(data) // size):
+            record = self._layout.unpack(data, slot * size)
+            if record is not None and (record.sequence - 1) % self.record_count == slot:
+                found.append(record)
+        found.sort(key=lambda record: record.sequence)
+        return [record for record in found if record.sequence > found[-1].sequence - self.record_count]
+
     def _read_records(self, first: int, last: int) -> list[StepRecord]:
         """Whole records of sequences first..last; the ring's end makes it two reads at most."""
         records = []
         size = self._layout.size
         while first <= last:
-            slot = (first - 1) % self._count
-            run = min(last - first + 1, self._count - slot)
+            slot = (first - 1) % self.record_count
+            run = min(last - first + 1, self.record_count - slot)
             chunk = memoryview(self._read_at(self._ring + HEAD_BYTES + slot * size, run * size))
             for i in range(run):
                 record = self._layout.unpack(chunk, i * size)
@@ -260,6 +317,16 @@ class TelemetryReader:
                 name = row[1].rstrip(b"\0").decode(errors="replace")
                 rows.append(TenantRow(name, *row[2:]))
         return tuple(rows)
+
+    def boundary_ns(self) -> int | None:
+        """When the engine was last at a step boundary, by its clock; None before the first, or cut short."""
+        raw = self._read_at(self._ring + WORD, WORD)
+        return (_U64.unpack(raw)[0] if len(raw) == WORD else 0) or None
+
+    def ending(self) -> Ending | None:
+        """How this engine start ended, in its own words; None while it lives, or where it had no time."""
+        row = self._row(ENDING_FRAME, self._ending, 0)
+        return None if row is None else Ending.unpack(*row[1:])
 
     def _row(self, frame: Frame, section: int, index: int) -> tuple[Any, ...] | None:
         for _ in range(3):

@@ -1,6 +1,6 @@
 """What lies where in a telemetry page.
 
-    header | manifest JSON | ring: u64 head, records | histograms | class rows | tenant rows
+    header | manifest JSON | ring: two words, records | histograms | class rows | tenant rows | ending
 
 Everything is planned from the manifest, so writer and reader agree by construction; the header repeats the
 offsets for readers that are not ours. Sections start at cache lines.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvpilot.link.ending import ENDING_FRAME, Ending
 from kvpilot.link.histogram import HISTOGRAM_WORDS, ONE, PER_CLASS
 from kvpilot.link.manifest import MANIFEST_MAX_BYTES, Manifest
 from kvpilot.link.page import HEADER_BYTES, LinkError
@@ -22,10 +23,12 @@ MAX_TENANTS = 64
 TENANT_NAME_BYTES = 40
 WORD = 8
 HEAD_BYTES = 64
-"""The ring's head word has a cache line of its own."""
+"""A cache line for two words: sequence of the newest record, time of the last step boundary."""
 
 CLASS_FRAME = Frame("QQ")
 TENANT_FRAME = Frame(f"{TENANT_NAME_BYTES}sQQQQQ")
+
+__all__ = ["ClassRow", "Ending", "TelemetryPlan", "TenantRow", "histogram_index", "plan_page"]
 
 _LINE = 64
 
@@ -64,6 +67,7 @@ class TelemetryPlan:
     histograms: int
     classes: int
     tenants: int
+    ending: int
     page_bytes: int
 
 
@@ -79,10 +83,11 @@ def plan_page(manifest: Manifest, record_count: int = RING_RECORDS) -> Telemetry
     histograms = _aligned(ring + HEAD_BYTES + record_count * layout.size)
     classes = histograms + (MAX_CLASSES * len(PER_CLASS) + 1) * HISTOGRAM_WORDS * WORD
     tenants = _aligned(classes + MAX_CLASSES * CLASS_FRAME.size)
-    end = _aligned(tenants + MAX_TENANTS * TENANT_FRAME.size)
+    ending = _aligned(tenants + MAX_TENANTS * TENANT_FRAME.size)
+    end = _aligned(ending + ENDING_FRAME.size)
     if end > PAGE_MAX_BYTES:
         raise LinkError(f"{len(layout.names)} fields need {end} bytes: a page holds at most {PAGE_MAX_BYTES}")
-    return TelemetryPlan(body, layout, record_count, ring, histograms, classes, tenants, end)
+    return TelemetryPlan(body, layout, record_count, ring, histograms, classes, tenants, ending, end)
 
 
 def _aligned(offset: int) -> int:

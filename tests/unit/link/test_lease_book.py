@@ -164,10 +164,10 @@ def test_a_lease_first_read_after_an_unreadable_while_is_history(scene: Scene) -
 def test_a_page_of_another_version_is_one_error_and_never_obeyed(scene: Scene) -> None:
     scene.read(0)
     scene.write(8)
-    scene.controls.page[8] = 1
+    scene.controls.page[8] = 2
     assert scene.read(1) == []
     assert scene.book.error is not None
-    assert "version 1" in scene.book.error
+    assert "version 2" in scene.book.error
 
 
 def test_falling_back_to_the_older_slot_is_no_renewal(scene: Scene) -> None:

@@ -35,6 +35,7 @@ LEASES = st.builds(
     ttl_ns=st.integers(1, 2**64 - 1),
     renewal=st.integers(0, 2**64 - 1),
     decision_id=st.integers(0, 2**64 - 1),
+    order=st.booleans(),
 )
 LEASE = Lease("max_running", Scope(), 8.0, 10**9, 1, 42)
 

@@ -21,8 +21,8 @@ def test_round_trip() -> None:
 
 def test_another_version_is_refused_in_one_clear_line() -> None:
     data = bytearray(HEADER.pack())
-    struct.pack_into("<I", data, 8, 1)
-    with pytest.raises(LinkError, match="format version 1, but this kvpilot knows version 0") as caught:
+    struct.pack_into("<I", data, 8, 2)
+    with pytest.raises(LinkError, match="format version 2, but this kvpilot knows version 1") as caught:
         PageHeader.unpack(data, "telemetry")
     assert "\n" not in str(caught.value)
 

@@ -257,3 +257,56 @@ def test_a_torn_row_is_missing_not_wrong() -> None:
     page.writer.set_class(0, 1, 10)
     page.buffer[page.plan.classes + 8] ^= 1
     assert page.reader.classes() == ()
+
+
+def test_before_the_first_step_there_is_no_boundary() -> None:
+    page = Telemetry()
+    assert page.reader.boundary_ns() is None
+    page.writer.mark_boundary(7)
+    assert page.reader.boundary_ns() == 7
+    assert page.reader.poll() == [], "a boundary is no record"
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 70), st.sampled_from([1, 5, 16]), st.integers(0, 2**64 - 1))
+def test_the_whole_ring_reads_without_its_head(written: int, count: int, head: int) -> None:
+    """The head word carries no checksum: a flight recorder must not depend on it."""
+    page = Telemetry(record_count=count)
+    page.write(written)
+    struct.pack_into("<Q", page.buffer, page.plan.ring, head)
+    assert sequences(page.new_reader().ring()) == list(range(max(0, written - count) + 1, written + 1))
+
+
+def test_the_whole_ring_without_what_is_torn() -> None:
+    page = Telemetry(record_count=8)
+    page.write(12)
+    for sequence in (7, 12):
+        page.buffer[page.record_offset(sequence) + 20] ^= 1
+    assert sequences(page.new_reader().ring()) == [5, 6, 8, 9, 10, 11]
+
+
+def test_a_record_of_the_lap_before_is_not_of_the_ring() -> None:
+    """Left where its successor is missing, as while a writer passes a reader of the whole ring."""
+    page = Telemetry(record_count=8)
+    page.write(3)
+    old = page.buffer[page.record_offset(3) : page.record_offset(4)]
+    page.write(9)
+    page.buffer[page.record_offset(11) : page.record_offset(11) + len(old)] = old
+    assert sequences(page.new_reader().ring()) == [5, 6, 7, 8, 9, 10, 12]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sections": (288, 2**63, 300, 400, 500)},
+        {"sections": (0, 1, 2, 3, 4)},
+        {"record_count": 2**60},
+        {"page_bytes": 2**62},
+    ],
+)
+def test_a_header_that_points_outside_its_page_is_refused(change: dict[str, object]) -> None:
+    page = Telemetry()
+    header = PageHeader.unpack(page.buffer, "telemetry")
+    page.buffer[:HEADER_BYTES] = replace(header, **change).pack()
+    with pytest.raises(LinkError, match="its sections do not lie inside it"):
+        page.new_reader()
