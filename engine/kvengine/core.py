@@ -173,7 +173,7 @@ class Core:
 
     def _finish(self, request: Request) -> None:
         self.totals.finished += 1
-        self._lengths.observe(request.output_count)
+        self._lengths.observe(request.output_count, request.tenant or "")
         self._forget(request)
 
     def _forget(self, request: Request) -> None:

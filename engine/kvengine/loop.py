@@ -59,6 +59,9 @@ class EngineLoop:
                 self.turn()
         except ChannelClosed:
             log.info("the API process is gone; stopping")
+        except BaseException as error:
+            self._telemetry.last_words(error)
+            raise
         finally:
             self._telemetry.close()
 

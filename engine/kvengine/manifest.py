@@ -55,6 +55,7 @@ def build_manifest(
         knobs=tuple(knob for knob in knobs if speculates or knob.name != "speculative_tokens"),
         fields=tuple(STEP_FIELDS[name] for name in fields),
         classes=config.classes,
+        queue_order="class",
         activation_bytes_per_token=activation_bytes_per_token,
         device_memory_bytes=plan.memory_bytes,
         unsupported_knobs={} if speculates else {"speculative_tokens": "no draft model is loaded"},

@@ -104,6 +104,10 @@ class Telemetry:
         """When a lease runs out next."""
         return self._hook.next_expiry_ns()
 
+    def last_words(self, error: BaseException) -> None:
+        """Leave word for the flight recorder that this exception ends the engine."""
+        self._hook.last_words(error)
+
     def close(self) -> None:
         self._hook.close()
 
@@ -177,8 +181,9 @@ class _Scan:
 
     def __init__(self, core: Core, lengths: LengthPredictor) -> None:
         self.step = core.totals.steps
-        running = ((len(request.tokens), request.output_count) for request in core.scheduler.running)
-        demands = lengths.demand(running, core.scheduler.block_size, HORIZONS)
+        running = core.scheduler.running
+        held = [(len(request.tokens), request.output_count, request.tenant or "") for request in running]
+        demands = lengths.demand(held, core.scheduler.block_size, HORIZONS)
         values = [value for demand in demands for value in demand]
         self.fields = dict(zip(_DEMAND_FIELDS, values, strict=True))
 

@@ -1,185 +1,160 @@
 """The valve's law: which request is turned away. A pure object, fed with controls pages and times.
 
-- A lease on `shed_fraction` sheds its share of every (class, tenant) in its scope, counted out by a
-deterministic accumulator: after n requests at fraction f the number shed differs from n x f by less than one.
-Where several leases fit a request the largest fraction holds. A class above the one named is never touched.
-- A lease that lapses opens linearly over OPENING_NS from the moment of lapse, so that a pilot's death lets
-the crowd in gradually; while the page cannot be read, every lease counts as lapsed at the first failed read.
-A lease that a newer page no longer lists is gone at once: someone alive decided that.
-- Who is turned away is told when to come back. Nobody knows how long an overload lasts; the best guess
-without a forecast is "as long again as it has lasted", jittered by half so that clients do not return
-together.
+Two forms of lease, and a request has to pass both:
+
+- *fraction*: a lease on `shed_fraction` sheds its share of every (class, tenant) in its scope, counted out,
+  not thrown (`counted`). Where several match, the largest holds.
+- *credits*: a lease on `admission_credits` lets in so many prompt tokens in its scope until it is renewed
+  (`credits`). Where several match, there must be something left in each of them, and each is charged.
+  Requests that a fraction sheds are not charged, so the fewest that either form lets in are what is let in.
+
+A class above the one named is never touched. A lapsed lease opens linearly over OPENING_NS (`valve_leases`):
+of a fraction less and less is shed; of credits what was left may still be used up, and of those requests
+that find nothing left, fewer and fewer are turned away.
+
+Who is turned away is told when to come back. Nobody knows how long an overload lasts; the best guess without
+a forecast is "as long again as it has lasted", jittered by half so that clients do not return together.
 
 `admit` is O(leases in force); memory is bounded.
 """
 
+import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvpilot.clock import NS
-from kvpilot.link.controls import TTL_MAX_NS, Lease, LeaseBook
+from kvpilot.inside.counted import Counted
+from kvpilot.inside.credits import BYTES_PER_TOKEN, PromptSizes
+from kvpilot.inside.shares import Claim, Shares, Sibling
+from kvpilot.inside.valve_leases import (
+    ADMISSION_CREDITS,
+    OPENING_NS,
+    PROMPT_BYTES_PER_TOKEN,
+    SHED_FRACTION,
+    HeldLease,
+    ValveLeases,
+)
+from kvpilot.link.valve_page import LeaseEcho
 
-SHED_FRACTION = "shed_fraction"
-OPENING_NS = 10 * NS
+__all__ = ["OPENING_NS", "SHED_FRACTION", "Decision", "ValveLaw"]
 
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
 _JITTER = 0.5
 
-_WHOLE = 1 << 32
-"""One request in the accumulators: integers, so that no rounding adds up over millions of requests."""
-
-_GOLDEN = 2654435769
-"""_WHOLE over the golden ratio: first steps of new accumulators are spread evenly, or a thousand tenants with
-one request each would all be let in at any fraction below 1."""
-
-_MAX_ACCUMULATORS = 4096
-
 
 class Decision(NamedTuple):
-    """What to do with one request. `status`, `retry_after_s` and `reason` matter when it is turned away."""
+    """What to do with one request, and what it was taken for. `status`, `retry_after_s`, `reason` (for
+    people) and `why` (one of `valve_layout.SHED`) matter when it is turned away.
+    """
 
     admitted: bool
     status: int = 200
     retry_after_s: float = 0.0
     reason: str = ""
-
-
-_ADMIT = Decision(True)
-
-
-@dataclass(slots=True)
-class _Shedding:
-    """A lease that sheds, or did until it lapsed."""
-
-    lease: Lease
-    expires_ns: int
-    since_ns: int
-    """When shedding of this scope began, over all renewals."""
-
-    def covers(self, level: int, tenant: str) -> bool:
-        kind, argument = self.lease.scope
-        if kind == "class_at_most":
-            return isinstance(argument, int) and level <= argument
-        return kind == "all" or (kind == "tenant" and tenant == argument)
-
-    def fraction(self, now_ns: int, unreadable_ns: int | None) -> float:
-        lapse_ns = self.expires_ns if unreadable_ns is None else min(self.expires_ns, unreadable_ns)
-        value = min(max(self.lease.value, 0.0), 1.0)
-        if now_ns < lapse_ns:
-            return value
-        return value * max(1.0 - (now_ns - lapse_ns) / OPENING_NS, 0.0)
+    why: str = ""
+    body_bytes: int = 0
+    tokens: int = 0
 
 
 class ValveLaw:
-    """See the module docstring. `rng` jitters `Retry-After` and nothing else."""
+    """See the module docstring. `rng` jitters `Retry-After` and nothing else; `born_ns`: see `Shares`."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, born_ns: int = 0) -> None:
         self._rng = rng
-        self._book = LeaseBook(None)
-        self._sheddings: list[_Shedding] = []
-        self._unreadable_ns: int | None = None
-        self._owed: dict[tuple[int, str], int] = {}
-        self._next_phase = _WHOLE // 2
+        self._shares = Shares(born_ns)
+        self._leases = ValveLeases(self._shares.usable)
+        self._sizes = PromptSizes()
+        self._fractions = Counted()
+        self._openings = Counted()
         self._draining = False
 
     @property
     def controls_sequence(self) -> int:
         """Sequence of the controls page last understood; 0 before the first."""
-        return self._book.sequence
+        return self._leases.sequence
 
     @property
     def page_error(self) -> str | None:
         """One line about why the controls page cannot be read, for as long as it cannot."""
-        return self._book.error
+        return self._leases.error
 
     def observe(self, page: bytes | memoryview, now_ns: int) -> None:
         """Take in one read of the controls page; empty when there was nothing to read."""
-        changed = self._book.observe(page, now_ns)
-        if self._book.error is not None:
-            if self._unreadable_ns is None:
-                self._unreadable_ns = now_ns
-            return
-        if self._unreadable_ns is not None:
-            self._settle(self._unreadable_ns, now_ns)
-            self._unreadable_ns = None
-        if changed:
-            self._take(now_ns)
+        self._leases.observe(page, now_ns)
 
-    def _settle(self, unreadable_ns: int, now_ns: int) -> None:
-        """Readable again: what ran out meanwhile lapsed when reading failed, and opens from there on."""
-        for one in self._sheddings:
-            if one.expires_ns <= now_ns:
-                one.expires_ns = min(one.expires_ns, unreadable_ns)
-
-    def _take(self, now_ns: int) -> None:
-        """Bring what sheds in line with the leases in force."""
-        known = {one.lease.scope: one for one in self._sheddings}
-        current = []
-        for lease in self._book.in_force(now_ns):
-            if lease.knob != SHED_FRACTION:
-                continue
-            old = known.pop(lease.scope, None)
-            if old is not None and old.lease.renewal == lease.renewal:
-                current.append(old)
-                continue
-            # The book honours a lease from the read that shows a new renewal: its term starts now.
-            expires_ns = now_ns + min(lease.ttl_ns, TTL_MAX_NS)
-            current.append(_Shedding(lease, expires_ns, old.since_ns if old else now_ns))
-        # Not in force and past its term: lapsed, still opening. Not in force within its term: withdrawn.
-        current += [one for one in known.values() if one.expires_ns <= now_ns < one.expires_ns + OPENING_NS]
-        self._sheddings = current
+    def look(self, siblings: Sequence[Sequence[LeaseEcho]], now_ns: int) -> None:
+        """Take in what every live sibling's page echoes: at most once in `shares.LOOK_NS`, and before the
+        next time our own echoes must be on our page.
+        """
+        views: list[Sibling] = [
+            {
+                lease.scope: Claim(lease.share, lease.rate)
+                for lease in echoes
+                if lease.knob == ADMISSION_CREDITS
+            }
+            for echoes in siblings
+        ]
+        credits = self._leases.on(ADMISSION_CREDITS)
+        self._shares.look(now_ns, {held.lease.scope: held.offered for held in credits}, views)
 
     def drain(self) -> None:
         """From here on nothing is admitted: 503, without asking anyone."""
         self._draining = True
 
-    def fraction(self, level: int, tenant: str, now_ns: int) -> float:
-        """The share of this caller's requests that is being shed now."""
-        return self._strongest(level, tenant, now_ns)[0]
-
-    def _strongest(self, level: int, tenant: str, now_ns: int) -> tuple[float, _Shedding | None]:
-        best, by = 0.0, None
-        for one in self._sheddings:
-            if one.covers(level, tenant):
-                fraction = one.fraction(now_ns, self._unreadable_ns)
-                if fraction > best:
-                    best, by = fraction, one
-        return best, by
-
-    def admit(self, level: int, tenant: str, body_bytes: int, now_ns: int) -> Decision:
-        """Judge one request. (`body_bytes` is what credits will charge; a fraction treats all sizes alike, or
-        it would shed the long ones first.)
+    def admit(self, level: int, tenant: str, body_bytes: int | None, now_ns: int) -> Decision:
+        """Judge one request; None for a body of unknown length. (A fraction treats all sizes alike, or it
+        would shed the long ones first; so do credits, which only count them.)
         """
+        size = self._sizes.body_bytes(body_bytes)
+        tokens = self._sizes.tokens(size, self.bytes_per_token(now_ns))
+        credits: list[HeldLease] = []
+        refusal = None
         if self._draining:
-            return Decision(False, 503, self._jittered(RETRY_AFTER_MIN_S), "the server is shutting down")
-        if not self._sheddings:
-            return _ADMIT
-        fraction, by = self._strongest(level, tenant, now_ns)
-        if by is None:
-            return _ADMIT
-        key = (level, tenant)
-        owed = self._owed.get(key)
-        if owed is None:
-            key, owed = self._first(key)
-        owed += round(fraction * _WHOLE)
-        if owed < _WHOLE:
-            self._owed[key] = owed
-            return _ADMIT
-        self._owed[key] = owed - _WHOLE
-        lasted_s = (now_ns - by.since_ns) / NS
-        reason = f"{fraction:.0%} of such requests are being shed (decision {by.lease.decision_id})"
-        return Decision(False, 429, self._jittered(lasted_s), reason)
+            reason = "the server is shutting down"
+            refusal = Decision(False, 503, self._jittered(RETRY_AFTER_MIN_S), reason, "draining")
+        elif self._leases.held:
+            for held in self._leases.on(ADMISSION_CREDITS):
+                if held.matches(level, tenant):
+                    held.offered += tokens
+            credits = self._leases.matching(ADMISSION_CREDITS, level, tenant)
+            refusal = self._by_fraction(level, tenant, now_ns) or self._by_credits(
+                credits, level, tenant, now_ns
+            )
+        if refusal is not None:
+            return refusal._replace(body_bytes=size, tokens=tokens)
+        for held in credits:
+            # An opening lease lets requests in for which nothing was left: those are nobody's debt.
+            if held.bucket.is_open:
+                held.bucket.charge(tokens)
+        return Decision(True, body_bytes=size, tokens=tokens)
 
-    def _first(self, key: tuple[int, str]) -> tuple[tuple[int, str], int]:
-        """Where a new accumulator starts; beyond the bound, all newcomers of a class share one."""
-        if len(self._owed) >= _MAX_ACCUMULATORS:
-            key = (key[0], "")
-            if key in self._owed:
-                return key, self._owed[key]
-        phase, self._next_phase = self._next_phase, (self._next_phase + _GOLDEN) % _WHOLE
-        return key, phase
+    def _by_fraction(self, level: int, tenant: str, now_ns: int) -> Decision | None:
+        fraction, by = self._strongest(level, tenant, now_ns)
+        if by is None or not self._fractions.is_due((level, tenant), fraction):
+            return None
+        reason = f"{fraction:.0%} of such requests are being shed (decision {by.lease.decision_id})"
+        return self._refusal(by.since_ns, now_ns, reason, "fraction")
+
+    def _by_credits(
+        self, credits: Sequence[HeldLease], level: int, tenant: str, now_ns: int
+    ) -> Decision | None:
+        share, by = 0.0, None
+        for held in credits:
+            strength = 0.0 if held.bucket.is_open else self._leases.strength(held, now_ns)
+            if strength > share:
+                share, by = strength, held
+        if by is None or (share < 1.0 and not self._openings.is_due((level, tenant), share)):
+            return None
+        by.refused = True
+        if by.refusing_ns is None:
+            by.refusing_ns = now_ns
+        reason = f"no credits are left for such requests for now (decision {by.lease.decision_id})"
+        return self._refusal(by.refusing_ns, now_ns, reason, "credits")
+
+    def _refusal(self, since_ns: int, now_ns: int, reason: str, why: str) -> Decision:
+        return Decision(False, 429, self._jittered((now_ns - since_ns) / NS), reason, why)
 
     def _jittered(self, seconds: float) -> float:
         """Around `seconds`, up to half of it earlier or later, always within 1-60 s: the middle is bounded
@@ -187,3 +162,44 @@ class ValveLaw:
         """
         middle = min(max(seconds, RETRY_AFTER_MIN_S / (1 - _JITTER)), RETRY_AFTER_MAX_S / (1 + _JITTER))
         return middle * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
+
+    # What is in force, for the valve's page.
+
+    def fraction(self, level: int, tenant: str, now_ns: int) -> float:
+        """The share of this caller's requests that is being shed now by fractions."""
+        return self._strongest(level, tenant, now_ns)[0]
+
+    def _strongest(self, level: int, tenant: str, now_ns: int) -> tuple[float, HeldLease | None]:
+        best, by = 0.0, None
+        for held in self._leases.matching(SHED_FRACTION, level, tenant):
+            fraction = min(max(held.lease.value, 0.0), 1.0) * self._leases.strength(held, now_ns)
+            if fraction > best:
+                best, by = fraction, held
+        return best, by
+
+    def credits_left(self, level: int, tenant: str, now_ns: int) -> float:
+        """Prompt tokens of this caller that this process may still accept; not a number without a limit."""
+        matching = self._leases.matching(ADMISSION_CREDITS, level, tenant)
+        limits = [held.bucket.left for held in matching if self._leases.strength(held, now_ns)]
+        return min(limits, default=math.nan)
+
+    def bytes_per_token(self, now_ns: int) -> float:
+        """What bodies are charged by."""
+        for held in self._leases.on(PROMPT_BYTES_PER_TOKEN):
+            if held.lease.value > 0 and self._leases.is_in_force(held, now_ns):
+                return held.lease.value
+        return BYTES_PER_TOKEN
+
+    def echoes(self, now_ns: int) -> list[LeaseEcho]:
+        """Every lease as it is obeyed now."""
+        return [self._echo(held, now_ns) for held in self._leases.held]
+
+    def _echo(self, held: HeldLease, now_ns: int) -> LeaseEcho:
+        lease, opened = held.lease, 1.0 - self._leases.strength(held, now_ns)
+        echo = LeaseEcho(
+            lease.knob, lease.scope, lease.value, opened, order=lease.order, decision_id=lease.decision_id
+        )
+        if lease.knob != ADMISSION_CREDITS:
+            return echo
+        claim = self._shares.claimed(lease.scope)
+        return echo._replace(left=held.bucket.left, share=claim.share, rate=claim.rate)

@@ -264,8 +264,119 @@ def test_open_leaves_a_page_and_close_gives_up_its_lock(tmp_path: Path) -> None:
 
 def test_controls_that_become_unreadable_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine()
-    engine.controls.page[8] = 1
+    engine.controls.page[8] = 2
     engine.write(("max_running", 8))
     for _ in range(5):
         assert engine.step() == BASELINES
-    assert caplog.text.count("controls not obeyed: page format version 1") == 1
+    assert caplog.text.count("controls not obeyed: page format version 2") == 1
+
+
+def test_a_hook_that_is_closed_says_so() -> None:
+    engine = Engine()
+    engine.hook.close()
+    ending = engine.reader.ending()
+    assert ending is not None
+    assert (ending.kind, ending.what) == ("closed", "")
+
+
+def test_last_words_name_the_exception_and_outlast_the_close() -> None:
+    engine = Engine()
+    assert engine.reader.ending() is None
+    try:
+        raise RuntimeError("a prompt")
+    except RuntimeError as error:
+        engine.hook.last_words(error)
+    engine.hook.close()
+    ending = engine.reader.ending()
+    assert ending is not None
+    assert ending.kind == "exception"
+    assert ending.what.startswith("RuntimeError\ntest_hook.py:test_last_words")
+    assert "prompt" not in ending.what
+
+
+def test_last_words_know_the_time_of_both_clocks(tmp_path: Path) -> None:
+    clock = VirtualClock(5 * NS)
+    full = with_hook_fields(manifest())
+    buffer = bytearray(plan_page(full, 16).page_bytes)
+    writer = TelemetryWriter(buffer, full, nonce=NONCE, identity=IDENTITY, record_count=16)
+    StepHook(manifest(), writer, clock=clock).last_words(MemoryError())
+    ending = TelemetryReader(read_at(buffer)).ending()
+    assert ending == ("exception", 5 * NS, clock.wall_ns(), "MemoryError")
+
+
+def test_last_words_of_a_disabled_hook_are_no_error() -> None:
+    StepHook(manifest()).last_words(ValueError())
+
+
+def test_a_hook_that_fails_says_that_it_was_the_hook() -> None:
+    """The engine serves on: nobody may read its page as that of an engine that died."""
+    engine = Engine()
+    engine.hook.end_step(())
+    engine.hook.close()
+    ending = engine.reader.ending()
+    assert ending is not None
+    assert ending.kind == "hook_failed"
+    assert ending.what.startswith("IndexError\nhook.py:StepHook.end_step:")
+
+
+def test_a_boundary_without_a_record_shows_how_far_the_engine_came() -> None:
+    """A step that began and did not end: the engine died, or hangs, in the middle of it."""
+    engine = Engine()
+    assert engine.reader.boundary_ns() == engine.reader.poll()[-1]["time_ns"]
+    engine.hook.begin_step(engine.now_ns + NS)
+    assert engine.reader.poll() == []
+    assert engine.reader.boundary_ns() == engine.now_ns + NS
+
+
+class Machine:
+    """Stands in for the files of the kernel: says what it is told."""
+
+    def __init__(self, *answers: int | None) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+
+    def available_bytes(self) -> int | None:
+        self.asked += 1
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+    def close(self) -> None:
+        self.answers = [None]
+
+
+def test_records_say_what_memory_the_machine_has_left_ten_times_a_second() -> None:
+    full = with_hook_fields(manifest(), host=True)
+    buffer = bytearray(plan_page(full, 64).page_bytes)
+    writer = TelemetryWriter(buffer, full, nonce=NONCE, identity=IDENTITY, record_count=64)
+    controls, machine = Controls(), Machine(900, 800, None, 700)
+    hook = StepHook(manifest(), writer, lambda _: controls.page, host=machine)
+    reader = TelemetryReader(read_at(buffer))
+    seen = []
+    for step in range(40):
+        controls.writer.write([Lease("max_running", Scope(), 8, NS, step)], NONCE)
+        hook.begin_step(step * NS // 100)
+        hook.end_step((step, 1, step, 3))
+        seen += [record["host_available_bytes"] for record in reader.poll()]
+    assert machine.asked == 5
+    assert seen == [800] * 20 + [700] * 20, "a machine that cannot answer for a moment is no news"
+    assert record_of(buffer)["knob.max_running"] == 8
+    hook.close()
+
+
+def record_of(buffer: bytearray) -> dict[str, float]:
+    return dict(TelemetryReader(read_at(buffer)).poll()[-1])
+
+
+def test_a_real_hook_has_the_machines_memory_where_it_can_be_read(tmp_path: Path) -> None:
+    for name in ("t", "c"):
+        (tmp_path / name).mkdir()
+    environ = {
+        "KVPILOT_TELEMETRY": f"{tmp_path}/t",
+        "KVPILOT_CONTROLS": f"{tmp_path}/c",
+        "KVPILOT_ENGINE": "e",
+    }
+    hook = StepHook.open(manifest(), environ)
+    hook.begin_step(1)
+    hook.end_step((1, 2, 3, 4))
+    hook.close()
+    (path,) = (tmp_path / "t/e-0").iterdir()
+    assert record_of(bytearray(path.read_bytes()))["host_available_bytes"] > 0

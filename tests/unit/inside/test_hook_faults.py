@@ -19,6 +19,7 @@ from kvpilot.inside.hook import StepHook
 from kvpilot.link import files, locks, telemetry, trust
 from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, Lease, LeaseBook, Scope
 from kvpilot.link.following import ControlsFile
+from kvpilot.link.held_read import HeldReader
 from kvpilot.link.histogram import HistogramWriter
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.link.records import FrameWriter
@@ -64,7 +65,7 @@ WHILE_OPENING = [
     (telemetry.PageHeader, "pack"),
 ]
 WHILE_STEPPING = [
-    (os, "preadv"),
+    (HeldReader, "read"),
     (ControlsFile, "_follow"),
     (LeaseBook, "observe"),
     (LeaseBook, "in_force"),
@@ -194,7 +195,7 @@ def test_controls_that_cannot_be_read_for_a_while_let_leases_run_out_and_no_more
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as broken:
-        broken.setattr(os, "preadv", failing)
+        broken.setattr(HeldReader, "read", failing)
         assert step(hook, NS // 2) == BASELINES | {"max_running": 8}
         assert step(hook, 3 * NS) == BASELINES
     assert hook.enabled

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpilot.inside.lengths import WINDOW, LengthPredictor
+from kvpilot.inside.lengths import (
+    LEAST_OWN,
+    MOST_TENANTS,
+    STALE_FINISHES,
+    TENANT_WINDOW,
+    WINDOW,
+    LengthPredictor,
+)
 from kvpilot.link.fields import HORIZONS
 
 MAX = 2048
@@ -119,6 +126,117 @@ def _cpu_seconds(call) -> float:
     began = time.thread_time()
     call()
     return time.thread_time() - began
+
+
+def two_tenants(short: int = 40, long: int = 900) -> LengthPredictor:
+    predictor = LengthPredictor(MAX)
+    for i in range(TENANT_WINDOW):
+        predictor.observe(short + i % 5, "chat")
+        predictor.observe(long + i % 5, "report")
+    return predictor
+
+
+def test_a_tenant_is_predicted_by_its_own_and_anybody_else_by_the_whole() -> None:
+    predictor = two_tenants()
+    assert predictor.remaining(0, 0.5, "chat") == pytest.approx(42, abs=4)
+    assert predictor.remaining(0, 0.5, "report") == pytest.approx(902, abs=4)
+    for q in (0.1, 0.5, 0.9):
+        assert predictor.remaining(7, q, "stranger") == predictor.remaining(7, q)
+    # A chat that has outlived every chat is compared with all requests: the reports.
+    assert 900 <= 60 + predictor.remaining(60, 0.5, "chat") <= 905
+    for q in (0.1, 0.5, 0.9):
+        assert predictor.remaining(1000, q, "chat") == predictor.remaining(1000, q), "longer than any"
+
+
+def test_a_tenant_with_few_finishes_of_its_own_is_predicted_by_the_whole() -> None:
+    predictor = two_tenants()
+    for count in range(LEAST_OWN):
+        assert predictor.remaining(0, 0.5, "new") == predictor.remaining(0, 0.5), count
+        predictor.observe(300, "new")
+    assert predictor.remaining(0, 0.5, "new") == 300
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, MAX), st.sampled_from(["", "a", "b"])), max_size=80),
+    st.integers(0, MAX - 2),
+    st.sampled_from(["", "a", "b"]),
+)
+def test_predicted_total_never_falls_for_tenants_either(
+    observed: list[tuple[int, str]], generated: int, tenant: str
+) -> None:
+    predictor = LengthPredictor(MAX)
+    for tokens, owner in observed:
+        predictor.observe(tokens, owner)
+    for q in (0.0, 0.1, 0.5, 0.9, 1.0):
+        now = generated + predictor.remaining(generated, q, tenant)
+        later = generated + 1 + predictor.remaining(generated + 1, q, tenant)
+        assert generated < now <= later <= MAX
+
+
+def test_a_tenants_bad_hour_fades() -> None:
+    predictor = LengthPredictor(MAX)
+    for _ in range(TENANT_WINDOW):
+        predictor.observe(2000, "loop")
+    for _ in range(WINDOW):
+        predictor.observe(50, "other")
+    for _ in range(TENANT_WINDOW):
+        predictor.observe(50, "loop")
+    assert predictor.remaining(0, 0.99, "loop") == 50, "not even in what its table leans on"
+
+
+def test_a_quiet_tenants_bad_hour_fades_with_the_engines_finishes() -> None:
+    predictor = LengthPredictor(MAX)
+    for _ in range(TENANT_WINDOW):
+        predictor.observe(2000, "loop")
+    for _ in range(STALE_FINISHES):
+        predictor.observe(50, "other")
+    assert predictor.remaining(0, 0.9, "loop") == 50
+    predictor.observe(50, "loop")
+    assert predictor.remaining(0, 0.9, "loop") == 50
+
+
+def test_tenants_are_bounded_and_the_quietest_goes_first() -> None:
+    predictor = LengthPredictor(MAX)
+    for number in range(3 * MOST_TENANTS):
+        for _ in range(LEAST_OWN):
+            predictor.observe(100, "always")
+            predictor.observe(100 + number, f"tenant {number}")
+    assert len(predictor._tenants) == MOST_TENANTS
+    assert "always" in predictor._tenants
+    assert f"tenant {3 * MOST_TENANTS - 1}" in predictor._tenants
+    assert "tenant 0" not in predictor._tenants
+
+
+def test_demand_follows_each_tenants_lengths() -> None:
+    predictor = two_tenants(short=20, long=1800)
+    chats = predictor.demand([(100, 10, "chat")] * 20, 16, (64,))[0]
+    reports = predictor.demand([(100, 10, "report")] * 20, 16, (64,))[0]
+    blind = predictor.demand([(100, 10)] * 20, 16, (64,))[0]
+    held = 20 * -(-(100 + 64) // 16)
+    assert chats.p50 < 0.1 * held
+    assert reports.p50 > 0.9 * held
+    assert 0.4 * held < blind.p50 < 0.6 * held
+
+
+def test_demand_intervals_cover_a_mixture_that_blind_ones_spread_over() -> None:
+    """Of what tenants' own laws bring, the p10-p90 band holds about four in five."""
+    rng = random.Random(7)
+    predictor = LengthPredictor(400)
+    law = {"chat": (1, 60), "report": (150, 400)}
+    for _ in range(2 * TENANT_WINDOW):
+        for tenant, (low, high) in law.items():
+            predictor.observe(rng.randrange(low, high), tenant)
+    running = [(50 + g, g, tenant) for tenant in law for g in (rng.randrange(0, 50) for _ in range(20))]
+    (row,) = predictor.demand(running, 16, (32,))
+    inside = 0
+    for _ in range(500):
+        held = 0
+        for tokens, generated, tenant in running:
+            low, high = law[tenant]
+            if rng.randrange(max(low, generated + 1), high) > generated + 32:
+                held += -(-(tokens + 32) // 16)
+        inside += row.p10 <= held <= row.p90
+    assert 0.7 < inside / 500 < 0.95
 
 
 @pytest.mark.parametrize(

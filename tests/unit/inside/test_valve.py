@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvpilot.clock import NS, SystemClock, VirtualClock
 from kvpilot.inside.callers import Tag
-from kvpilot.inside.valve import Valve
+from kvpilot.inside.valve import CURRENT, Valve
 from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, Lease, Scope
 from kvpilot.link.page import Identity
 from kvpilot.link.valve_page import ValvePageReader, ValveSnapshot
@@ -39,6 +39,7 @@ class Engine:
         self.scopes: list[dict[str, Any]] = []
         self.gate: asyncio.Event | None = None
         self.fails = False
+        self.start = START
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         self.scopes.append(scope)
@@ -49,7 +50,7 @@ class Engine:
             return
         if self.fails:
             raise RuntimeError("engine")
-        await send(START)
+        await send(self.start)
         for chunk in (b"a", b"b"):
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         if self.gate is not None:
@@ -79,10 +80,16 @@ class Rig:
         self._writer = ControlsWriter(self._page, Identity("pilot", "", 0, 0))
         self._renewal = 0
 
-    def lease(self, value: float, scope: Scope = Scope("all"), ttl_s: float = 2.0) -> None:  # noqa: B008
-        """Renew a shed lease twice, a poll apart, as a live pilot does."""
+    def lease(
+        self,
+        value: float,
+        scope: Scope = Scope("all"),  # noqa: B008
+        ttl_s: float = 2.0,
+        knob: str = "shed_fraction",
+    ) -> None:
+        """Renew a lease twice, a poll apart, as a live pilot does."""
         for _ in range(2):
-            self.renew(Lease("shed_fraction", scope, value, round(ttl_s * NS), self.next_renewal(), 17))
+            self.renew(Lease(knob, scope, value, round(ttl_s * NS), self.next_renewal(), 17))
             self.clock.advance(1.1)
             self.valve._poll(self.clock.monotonic_ns())
 
@@ -160,6 +167,10 @@ class TestPassing:
             ("GET", "/v1/models"),
             ("POST", "/tokenize"),
             ("OPTIONS", "/v1/completions"),
+            ("GET", "/v1/responses/resp_1"),
+            ("POST", "/v1/responses/resp_1/cancel"),
+            ("POST", "/v1/messages/count_tokens"),
+            ("POST", "/v1/chat/completions/render"),
         ],
     )
     def test_everything_else_passes_untouched_and_uncounted(self, rig: Rig, method: str, path: str) -> None:
@@ -199,6 +210,91 @@ class TestPassing:
         assert rig.counts()["batch", ""] == (1, 1, 0, 0)
 
 
+class TestCurrentTag:
+    """`CURRENT` says whose request is being served, in all that runs for it and nowhere else."""
+
+    def test_it_is_there_until_the_end_of_a_stream_and_in_tasks_of_the_request(self, rig: Rig) -> None:
+        seen: list[Tag | None] = []
+
+        async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+            async def look() -> None:
+                await asyncio.sleep(0)
+                seen.append(CURRENT.get())
+
+            seen.append(CURRENT.get())
+            await send(START)
+            for _ in range(2):
+                await asyncio.create_task(look())
+            await send({"type": "http.response.body", "body": b""})
+            seen.append(CURRENT.get())
+
+        valve = Valve(app, rig.environ, rig.clock)
+        asyncio.run(ask(valve, scope(caller="interactive/acme")))
+        valve.close()
+        assert len({tag for tag in seen if tag}) == 1
+        assert seen == [Tag("interactive", 1, seen[0].tenant if seen[0] else "")] * 4
+
+    def test_requests_at_once_have_each_their_own(self, rig: Rig) -> None:
+        seen: dict[str, list[str]] = {"batch": [], "interactive": []}
+
+        async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+            for _ in range(3):
+                await asyncio.sleep(0)
+                tag = CURRENT.get()
+                assert tag is not None
+                seen[scope["state"]["kvpilot"].class_name].append(tag.class_name)
+            await send(START)
+            await send({"type": "http.response.body", "body": b""})
+
+        valve = Valve(app, rig.environ, rig.clock)
+
+        async def run() -> None:
+            await asyncio.gather(*(ask(valve, scope(caller=name)) for name in list(seen) * 2))
+            assert CURRENT.get() is None
+
+        asyncio.run(run())
+        valve.close()
+        assert seen == {name: [name] * 6 for name in seen}
+
+    def test_it_is_gone_after_a_failure(self, rig: Rig) -> None:
+        async def run() -> None:
+            rig.engine.fails = True
+            with pytest.raises(RuntimeError, match="engine"):
+                await ask(rig.valve, scope())
+            assert CURRENT.get() is None
+
+        asyncio.run(run())
+
+    @pytest.mark.parametrize("path", ["/tokenize", "/health"])
+    def test_what_passes_has_none_even_when_started_while_another_is_answered(
+        self, rig: Rig, path: str
+    ) -> None:
+        """A server starts the next pipelined request's task from within the last `send` of the one before."""
+        seen: list[Tag | None] = []
+
+        async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+            if scope["path"] == path:
+                seen.append(CURRENT.get())
+            await send(START)
+            await send({"type": "http.response.body", "body": b""})
+
+        valve = Valve(app, rig.environ, rig.clock)
+
+        async def run() -> None:
+            nexts: list[asyncio.Task[Any]] = []
+
+            async def send(message: dict[str, Any]) -> None:
+                if message["type"] == "http.response.body":
+                    nexts.append(asyncio.create_task(ask(valve, scope(path))))
+
+            await valve(scope(), silent, send)
+            await asyncio.gather(*nexts)
+
+        asyncio.run(run())
+        valve.close()
+        assert seen == [None]
+
+
 class TestShedding:
     def test_429_says_which_class_and_why_and_when_to_return(self, rig: Rig) -> None:
         rig.lease(1.0)
@@ -218,6 +314,19 @@ class TestShedding:
         assert answer(rig.valve, scope(caller="batch"))[0] == 429
         assert answer(rig.valve, scope(caller="interactive"))[0] == 200
         assert rig.read().fractions == {"batch": 1.0, "interactive": 0.0}
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"),
+            *("/v1/messages", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/systemone"),
+            *("/cohere/v2/chat", "/generate", "/inference/v1/generate", "/generative_scoring"),
+            *("/invocations", "/behind/a/prefix/v1/completions"),
+        ],
+    )
+    def test_every_path_that_generates_is_gated(self, rig: Rig, path: str) -> None:
+        rig.lease(1.0)
+        assert answer(rig.valve, scope(path))[0] == 429
 
     def test_a_fraction_is_counted_out(self, rig: Rig) -> None:
         rig.lease(0.25)
@@ -245,6 +354,43 @@ class TestShedding:
         assert [r.message for r in caplog.records if "not obeyed" in r.message] == [
             "shed leases not obeyed: a controls page that is cut short"
         ]
+
+    def test_credits_are_spent_by_content_length(self, rig: Rig) -> None:
+        rig.lease(100.0, Scope("class_at_most", 0), knob="admission_credits")
+        statuses = [answer(rig.valve, scope())[0] for _ in range(6)]  # 120 bytes are 30 tokens
+        assert statuses == [200] * 4 + [429] * 2
+        assert answer(rig.valve, scope(caller="interactive"))[0] == 200
+        snapshot = rig.read()
+        assert snapshot.credits_left == {"batch": -20.0}
+        row = next(row for row in snapshot.rows if row.class_name == "batch")
+        assert row.shed_by == {"fraction": 0, "credits": 2, "draining": 0}
+        assert (row.offered_bytes, row.admitted_bytes) == (720, 480)
+        assert (row.offered_tokens, row.admitted_tokens) == (180, 120)
+
+    def test_a_429_for_want_of_credits_says_so(self, rig: Rig) -> None:
+        rig.lease(0.0, knob="admission_credits")
+        status, headers, body = answer(rig.valve, scope())
+        error = json.loads(body)["error"]
+        assert (status, error["code"]) == (429, "shed")
+        assert "no credits are left" in error["message"]
+        assert "decision 17" in error["reason"]
+        assert 1 <= int(headers["retry-after"]) <= 60
+
+    @pytest.mark.parametrize("length", [[], [(b"content-length", b"-5")], [(b"content-length", b"9" * 30)]])
+    def test_a_body_of_unknown_length_is_charged_as_the_median(self, rig: Rig, length: list[Any]) -> None:
+        rig.lease(1000.0, knob="admission_credits")
+        for _ in range(3):
+            answer(rig.valve, scope())
+        answer(rig.valve, {**scope(), "headers": [(b"x-kvpilot-caller", b"batch"), *length]})
+        assert rig.read().credits_left["batch"] == 1000.0 - 4 * 30
+
+    def test_the_page_echoes_every_lease_as_it_is_obeyed(self, rig: Rig) -> None:
+        rig.lease(0.5, Scope("tenant", "acme"))
+        (echo,) = rig.read().leases
+        assert (echo.knob, echo.scope, echo.value) == ("shed_fraction", Scope("tenant", "acme"), 0.5)
+        assert rig.read().bytes_per_token == 4.0
+        rig.lease(2.0, knob="prompt_bytes_per_token")
+        assert rig.read().bytes_per_token == 2.0
 
     def test_the_page_is_read_at_most_every_20_ms(self, rig: Rig) -> None:
         rig.lease(0.0)
@@ -314,6 +460,7 @@ class TestCounting:
         with pytest.raises(ConnectionResetError):
             asyncio.run(rig.valve(scope(), silent, broken))
         assert rig.counts()["batch", ""] == (1, 1, 0, 0)
+        assert rig.read().taking == 0
 
     def test_an_engine_that_fails_is_counted_out_and_its_error_is_its_own(self, rig: Rig) -> None:
         rig.engine.fails = True
@@ -336,6 +483,35 @@ class TestCounting:
             assert rig.read().seconds_since_byte is None
 
         asyncio.run(run())
+
+    def test_a_client_that_is_slow_to_take_its_answer_is_told_apart_from_an_engine_that_is_silent(
+        self, rig: Rig
+    ) -> None:
+        async def run() -> None:
+            taken = asyncio.Event()
+
+            async def slow(message: dict[str, Any]) -> None:
+                await taken.wait()
+
+            request = asyncio.create_task(rig.valve(scope(), silent, slow))
+            while len(rig.engine.scopes) < 1:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert (rig.read().in_flight, rig.read().taking) == (1, 1)
+            taken.set()
+            await request
+            assert (rig.read().in_flight, rig.read().taking) == (0, 0)
+            assert rig.read().last_byte_ns
+
+        asyncio.run(run())
+
+    def test_an_error_is_no_answer(self, rig: Rig) -> None:
+        rig.engine.start = {**START, "status": 500}
+        asyncio.run(ask(rig.valve, scope()))
+        assert (rig.read().last_byte_ns, rig.read().first_byte_ns) == (0, 0)
+        rig.engine.start = START
+        asyncio.run(ask(rig.valve, scope()))
+        assert rig.read().last_byte_ns
 
 
 class TestCannotBeBroken:
@@ -449,6 +625,20 @@ class TestLifespan:
             return start["status"]
 
         assert asyncio.run(run()) == 429
+
+    def test_a_page_beside_ours_that_cannot_be_believed_is_said_once(
+        self, rig: Rig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        foreign = Path(rig.environ["KVPILOT_TELEMETRY"]) / "demo/valve-0123456789abcdef.kvp"
+        foreign.write_bytes(b"rubbish")
+        foreign.chmod(0o666)
+        for _ in range(3):
+            rig.clock.advance(1.1)
+            assert answer(rig.valve, scope())[0] == 200
+        (said,) = [r.message for r in caplog.records if "cannot be seen" in r.message]
+        assert "writable by others" in said
+        assert rig.valve.enabled
+        foreign.unlink()
 
     def test_an_application_without_lifespan_is_served_all_the_same(self, rig: Rig) -> None:
         async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
