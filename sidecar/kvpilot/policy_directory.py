@@ -1,16 +1,18 @@
 """The policy directory: loaded whole or not at all, and looked at again whenever its content has changed.
 
-Content, not names or times: a ConfigMap is swapped by a symbolic link whose files keep their dates.
+Content, not names or times: a ConfigMap is swapped by a symbolic link whose files keep their dates. What is
+loaded was read twice alike, so that no set is half of one version and half of the next.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvpilot.clock import Clock
-from kvpilot.policy.load import SUFFIXES, load_policies
+from kvpilot.policy.files import Gathered, gather
+from kvpilot.policy.load import load_gathered, policy_set
 from kvpilot.policy.rules import PolicySet
 
+MOST_READS = 5
 OFF_FILE = "off"
 """A file of this name in the directory turns the pilot off."""
 
@@ -28,7 +30,7 @@ class PolicyDirectory:
         self.path = path
         self._clock = clock
         self._classes = tuple(classes)
-        self._tried: bytes | None = None
+        self._tried: Gathered | None = None
         self.good = False
         """Whether the last try was taken."""
         self.taken_wall_ns = 0
@@ -40,24 +42,26 @@ class PolicyDirectory:
 
     def load(self) -> PolicySet:
         """All of it. Raises PolicyErrors."""
-        self._tried = self._content()
-        self.good = False
-        loaded = load_policies([self.path], self._classes)
-        self.good, self.taken_wall_ns = True, self._clock.wall_ns()
-        return loaded
+        return self._load(self._read())
 
     def load_if_changed(self) -> PolicySet | None:
         """As `load`, or None where nothing has changed since the last try, whatever came of that."""
-        return None if self._content() == self._tried else self.load()
+        gathered = self._read()
+        return None if gathered == self._tried else self._load(gathered)
 
-    def _content(self) -> bytes:
-        digest = hashlib.sha256()
-        try:
-            for path in sorted(self.path.iterdir()):
-                if path.name.endswith(SUFFIXES) and not path.name.startswith("."):
-                    data = path.read_bytes()
-                    digest.update(f"{path.name}\0{len(data)}\0".encode() + data)
-        except OSError as error:
-            # A directory being swapped: another content than before, so it is looked at again.
-            digest.update(str(error).encode())
-        return digest.digest()
+    def _load(self, gathered: Gathered) -> PolicySet:
+        self._tried = gathered
+        self.good = False
+        loaded = policy_set(load_gathered(gathered, self._classes))
+        self.good, self.taken_wall_ns = True, self._clock.wall_ns()
+        return loaded
+
+    def _read(self) -> Gathered:
+        """The directory as it was at one moment; one that never holds still is taken as it comes."""
+        before = gather([self.path])
+        for _ in range(MOST_READS):
+            after = gather([self.path])
+            if after == before:
+                break
+            before = after
+        return before

@@ -17,10 +17,8 @@ from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.context import Override
 from kvpilot.policy.grid import protective_first
-from kvpilot.policy.outcome import OVERRIDE, LeaseWish
+from kvpilot.policy.lease import OVERRIDE, LeaseWish, Target
 from kvpilot.policy.rules import DEFAULT_LEASE_NS
-
-Target = tuple[str, Scope]
 
 
 class Bid(NamedTuple):

@@ -3,36 +3,44 @@
 Every problem is collected, with its place; a policy comes out only when there is none.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
-from kvpilot.knobs import KNOBS, Knob
-from kvpilot.link.controls import Scope
-from kvpilot.policy.expr import Expression, ExpressionError, Wanted, compile_expression
-from kvpilot.policy.outcome import OVERRIDE
+from kvpilot.knobs import KNOBS
+from kvpilot.policy.build_action import build_action, build_recover
+from kvpilot.policy.build_choose import build_choose
+from kvpilot.policy.expr import Expression
+from kvpilot.policy.findings import Findings, did_you_mean
+from kvpilot.policy.lease import OVERRIDE
+from kvpilot.policy.quantity import format_duration
 from kvpilot.policy.rules import (
     DEFAULT_COOLDOWN_NS,
     Action,
-    ActionKind,
+    Choose,
     InputSpec,
     Limits,
     Notify,
+    OnMissing,
     Policy,
     Recover,
     Rule,
+    Solve,
     Verify,
 )
-from kvpilot.policy.schema import Do, Input, PolicyFile, RecoverStep, RuleModel
-from kvpilot.policy.schema import Scope as ScopeModel
+from kvpilot.policy.schema import Input, OnMissingModel, PolicyFile, RuleModel, Spec
 from kvpilot.policy.source import Path, Problem, Source
 from kvpilot.signals import AGGREGATIONS, SIGNALS, Signal
 
 PROTECTIVE_PRIORITY = 1000
 LEASE_MIN_NS = 2_000_000_000
 LEASE_MAX_NS = 60_000_000_000
-ALL = Scope("all")
+UNDOABLE = ("prefill_chunk_tokens", "step_token_budget", "speculative_tokens")
+"""Knobs that a rule may undo by itself. Not those that shed, admit or guard KV memory: there a missing effect
+is no sign that the protection can go."""
+_OF_WHEN = ("until", "for", "keepFor", "cooldown", "do", "recover", "protective")
+"""Keys of a rule that mean nothing beside `choose`."""
 
 _RESERVED_WORDS = (
     "slo true false null in as break const continue else for function if import let loop package namespace "
@@ -41,35 +49,31 @@ _RESERVED_WORDS = (
 _RESERVED = frozenset(_RESERVED_WORDS.split())
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing when no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else ""
-
-
 class Builder:
     """Builds one policy from one file; `problems` says what is wrong with it."""
 
     def __init__(self, source: Source, declared: Iterable[str], classes: Sequence[str] | None) -> None:
         self._source = source
-        self._classes = classes
-        # An input that is itself wrong still declares its name: one mistake, one message.
-        self._signals: dict[str, Signal | None] = dict.fromkeys(declared)
-        self.problems: list[Problem] = []
+        self._findings = Findings(source, declared, classes)
+        self._at = self._findings.at
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What was found wrong so far."""
+        return self._findings.problems
 
     def build(self, file: PolicyFile) -> Policy:
         """The policy, to be used only if `problems` stays empty."""
         spec = file.spec
         if file.metadata.name == OVERRIDE:
             self._at(("metadata", "name"), f"'{OVERRIDE}' is reserved for people's orders")
-        if spec.on_missing != "hold" and "hold_for" in spec.model_fields_set:
-            self._at(("spec", "holdFor"), "has no effect without `onMissing: hold`", key=True)
+        if spec.on_missing == "release" and "hold_for" in spec.model_fields_set:
+            self._at(("spec", "holdFor"), "has no effect without `onMissing: hold` or a fallback", key=True)
         inputs = {name: self._input(name, given) for name, given in spec.inputs.items()}
-        summary = file.metadata.annotations.get("summary", "")
-        rules = [
-            self._rule(("spec", "rules", i), rule, file, inputs, summary) for i, rule in enumerate(spec.rules)
-        ]
+        rules = [self._rule(("spec", "rules", i), rule, file, inputs) for i, rule in enumerate(spec.rules)]
         self._unique_rules(spec.rules)
+        built = [rule for rule in rules if rule is not None]
+        on_missing, fallback = self._on_missing(spec, {a.knob for rule in built for a in rule.actions})
         return Policy(
             name=file.metadata.name,
             path=self._source.path,
@@ -78,18 +82,39 @@ class Builder:
             annotations=dict(file.metadata.annotations),
             labels=dict(file.metadata.labels),
             inputs=inputs,
-            on_missing=spec.on_missing,
+            on_missing=on_missing,
             hold_for_ns=spec.hold_for,
             limits=None if spec.limits is None else Limits(spec.limits.max_changes, spec.limits.per),
-            rules=tuple(rule for rule in rules if rule is not None),
+            rules=tuple(built),
+            fallback=fallback,
         )
+
+    def _on_missing(self, spec: Spec, moved: AbstractSet[str]) -> tuple[OnMissing, dict[str, float]]:
+        given = spec.on_missing
+        if not isinstance(given, OnMissingModel):
+            return ("hold" if given == "hold" else "release"), {}
+        path: Path = ("spec", "onMissing", "fallback", "set")
+        wanted = given.fallback.set
+        if not isinstance(wanted, dict):
+            if len(moved) != 1:
+                several = f"the rules move {', '.join(sorted(moved)) or 'no knob'}"
+                self._at(path, f"{several}: say which is set, as in {{set: {{KNOB: VALUE}}}}")
+                return "fallback", {}
+            wanted = dict.fromkeys(moved, wanted)
+        for name, value in wanted.items():
+            if name in KNOBS and name not in moved:
+                self._at((*path, name), f"no rule of this policy moves {name}", key=True)
+            knob = self._findings.knob((*path, name), name)
+            if knob is not None:
+                self._findings.plausible((*path, name), value, knob)
+        return "fallback", dict(wanted)
 
     def _input(self, name: str, given: Input) -> InputSpec:
         path: Path = ("spec", "inputs", name)
         if name in _RESERVED:
             self._at(path, f"'{name}' is a reserved word", key=True)
         signal = SIGNALS.get(given.signal)
-        self._signals[name] = signal
+        self._findings.signals[name] = signal
         if signal is None:
             hint = did_you_mean(given.signal, SIGNALS)
             self._at((*path, "signal"), f"unknown signal '{given.signal}'{hint}")
@@ -97,10 +122,8 @@ class Builder:
             self._check_window(path, given, signal)
             if given.klass is not None and not signal.per_class:
                 self._at((*path, "class"), f"{signal.name} is not measured per class")
-        if given.klass is not None and self._classes is not None and given.klass not in self._classes:
-            self._at(
-                (*path, "class"), f"unknown class '{given.klass}'{did_you_mean(given.klass, self._classes)}"
-            )
+        if given.klass is not None:
+            self._findings.klass((*path, "class"), given.klass)
         return InputSpec(
             name=name,
             signal=given.signal,
@@ -124,150 +147,114 @@ class Builder:
             self._at(path, f"agg {given.agg} needs a window, such as `window: 5s`", key=True)
 
     def _rule(
-        self, path: Path, given: RuleModel, file: PolicyFile, inputs: dict[str, InputSpec], summary: str
+        self, path: Path, given: RuleModel, file: PolicyFile, inputs: dict[str, InputSpec]
     ) -> Rule | None:
+        self._check_rule(path, given, file)
+        if given.choose is not None:
+            return self._choosing(path, given, file, inputs)
+        findings = self._findings
+        when = None if given.when is None else findings.expression((*path, "when"), given.when, "bool")
+        until = None if given.until is None else findings.expression((*path, "until"), given.until, "bool")
+        actions = [build_action(findings, (*path, "do", i), do) for i, do in enumerate(given.do)]
+        self._unique_targets(path, actions)
+        recover = [
+            build_recover(findings, (*path, "recover", i), step, actions)
+            for i, step in enumerate(given.recover)
+        ]
+        if when is None:
+            return None
+        built = tuple(action for action in actions if action is not None)
+        return self._finish(path, given, file, inputs, built, tuple(recover), when, until)
+
+    def _choosing(
+        self, path: Path, given: RuleModel, file: PolicyFile, inputs: dict[str, InputSpec]
+    ) -> Rule | None:
+        assert given.choose is not None, "asked by the caller"
+        found = build_choose(self._findings, (*path, "choose"), given.choose)
+        if found is None:
+            return None
+        choose, action = found
+        return self._finish(path, given, file, inputs, (action,), (), choose=choose)
+
+    def _check_rule(self, path: Path, given: RuleModel, file: PolicyFile) -> None:
         if not LEASE_MIN_NS <= given.lease <= LEASE_MAX_NS:
             self._at((*path, "lease"), "must be between 2s and 60s")
         if given.protective and file.spec.priority < PROTECTIVE_PRIORITY:
             message = f"needs spec.priority of {PROTECTIVE_PRIORITY} or more, not {file.spec.priority}"
             self._at((*path, "protective"), message)
+        if given.choose is not None:
+            said = {
+                model.alias or name
+                for name, model in RuleModel.model_fields.items()
+                if name in given.model_fields_set
+            }
+            for key in ("when", *_OF_WHEN):
+                if key in said:
+                    self._at((*path, key), "means nothing beside `choose`", key=True)
+            return
+        if given.when is None and self._source.complete(path):
+            self._at(path, f"rule '{given.name}' needs `when`, or `choose`", key=True)
         if not given.do and given.notify is None and self._source.complete(path):
             self._at(path, f"rule '{given.name}' does nothing: give it `do` or `notify`")
-        when = self._expression((*path, "when"), given.when, "bool")
-        until = None if given.until is None else self._expression((*path, "until"), given.until, "bool")
-        actions = [self._action((*path, "do", i), do) for i, do in enumerate(given.do)]
-        targets = [(action.knob, action.scope) for action in actions if action is not None]
-        for i, target in enumerate(targets):
-            if target in targets[:i]:
-                self._at((*path, "do", i, "knob"), f"a second action on {target[0]} in the same scope")
-        recover = [
-            self._recover((*path, "recover", i), step, actions) for i, step in enumerate(given.recover)
-        ]
+
+    def _unique_targets(self, path: Path, actions: Sequence[Action | None]) -> None:
+        seen: list[Action] = []
+        for i, action in enumerate(actions):
+            if action is None:
+                continue
+            if any(
+                one.acts_on(action.knob, action.scope) or action.acts_on(one.knob, one.scope) for one in seen
+            ):
+                message = f"a second action on {action.knob} in the same scope"
+                self._at((*path, "do", i, "knob"), message)
+            seen.append(action)
+
+    def _finish(
+        self,
+        path: Path,
+        given: RuleModel,
+        file: PolicyFile,
+        inputs: dict[str, InputSpec],
+        actions: tuple[Action, ...],
+        recover: tuple[Recover, ...],
+        when: Expression | None = None,
+        until: Expression | None = None,
+        choose: Choose | None = None,
+    ) -> Rule:
         verify = self._verify(path, given, inputs)
-        if when is None:
-            return None
-        amounts = [action.amount for action in actions if action is not None]
-        named = {verify.input} if verify is not None else set[str]()
-        for expression in (when, until, *amounts):
-            if isinstance(expression, Expression):
-                named.update(expression.names)
-        text = json.dumps(
-            [given.model_dump(mode="json"), {n: str(inputs[n]) for n in named if n in inputs}],
-            sort_keys=True,
-        )
+        cooldown_ns = _cooldown_ns(given)
+        if verify is not None and verify.undo:
+            self._check_undo((*path, "verify", "else"), given, verify, actions, cooldown_ns)
+        notify, summary = given.notify, file.metadata.annotations.get("summary", "")
         return Rule(
             name=given.name,
-            identity=hashlib.sha256(text.encode()).hexdigest()[:16],
+            identity=_identity(given, inputs, _named(actions, verify, when, until, choose)),
             when=when,
             until=until,
             for_ns=given.for_,
             keep_for_ns=given.keep_for,
-            cooldown_ns=_cooldown_ns(given),
+            cooldown_ns=cooldown_ns,
             lease_ns=given.lease,
             protective=given.protective == "always",
-            actions=tuple(action for action in actions if action is not None),
-            recover=tuple(recover),
+            actions=actions,
+            recover=recover,
             verify=verify,
             notify=None
-            if given.notify is None
-            else Notify(given.notify.receiver, given.notify.severity, given.notify.summary or summary),
+            if notify is None
+            else Notify(notify.receiver, notify.severity, notify.summary or summary),
+            choose=choose,
         )
 
-    def _expression(self, path: Path, text: str, wanted: Wanted) -> Expression | None:
-        try:
-            return compile_expression(text, self._signals, wanted, self._classes)
-        except ExpressionError as error:
-            for fault in error.faults:
-                message = f"{path[-1]}: {fault.message}"
-                self.problems.append(self._source.inside(path, fault.offset, message))
-            return None
-
-    def _action(self, path: Path, given: Do) -> Action | None:
-        kinds = [kind for kind in ("set", "add", "multiply") if getattr(given, kind) is not None]
-        if len(kinds) != 1:
-            if kinds or self._source.complete(path):
-                has = " and ".join(kinds) or "none"
-                self._at(path, f"needs exactly one of set, add, multiply; has {has}")
-            return None
-        knob = self._knob((*path, "knob"), given.knob)
-        scope = self._scope((*path, "scope"), given.scope, knob)
-        kind: ActionKind = kinds[0]  # type: ignore[assignment] # one of the three literals above
-        amount: float | Expression | None = getattr(given, kind)
-        if isinstance(amount, str):
-            amount = self._expression((*path, "set"), amount, "number")
-        if amount is None or knob is None:
-            return None
-        self._check_amount((*path, kind), kind, amount, knob)
-        low, high = self._bounds(path, given, knob)
-        return Action(given.knob, scope, kind, amount, low, high, given.step)
-
-    def _check_amount(self, path: Path, kind: ActionKind, amount: float | Expression, knob: Knob) -> None:
-        if isinstance(amount, Expression):
-            return
-        if kind == "set":
-            self._plausible(path, amount, knob)
-        elif kind == "add" and amount == 0:
-            self._at(path, "adding 0 does nothing")
-        elif kind == "multiply" and (amount <= 0 or amount == 1):
-            self._at(path, f"must be above 0 and not 1, not {amount:g}")
-
-    def _bounds(self, path: Path, given: Do, knob: Knob) -> tuple[float, float]:
-        low = knob.plausible[0] if given.min is None else given.min
-        high = knob.plausible[1] if given.max is None else given.max
-        for key, bound in (("min", given.min), ("max", given.max)):
-            if bound is not None:
-                self._plausible((*path, key), bound, knob)
-        if low > high:
-            self._at((*path, "min"), f"min {low:g} is above max {high:g}")
-        return low, high
-
-    def _plausible(self, path: Path, value: float, knob: Knob) -> None:
-        low, high = knob.plausible
-        if not low <= value <= high:
-            self._at(path, f"{value:g} is outside what {knob.name} can be ({low:g} to {high:g} {knob.unit})")
-
-    def _knob(self, path: Path, name: str) -> Knob | None:
-        knob = KNOBS.get(name)
-        if knob is None:
-            self._at(path, f"unknown knob '{name}'{did_you_mean(name, KNOBS)}")
-        return knob
-
-    def _scope(self, path: Path, given: ScopeModel | None, knob: Knob | None) -> Scope:
-        if given is None:
-            return ALL
-        if knob is not None and not knob.scoped:
-            self._at(path, f"{knob.name} takes no scope: it holds for all requests", key=True)
-        return Scope("class_at_most", given.class_at_most)
-
-    def _recover(self, path: Path, given: RecoverStep, actions: Sequence[Action | None]) -> Recover:
-        knob = self._knob((*path, "knob"), given.knob)
-        scope = None if given.scope is None else self._scope((*path, "scope"), given.scope, knob)
-        mine = [a for a in actions if a is not None and a.knob == given.knob and scope in (None, a.scope)]
-        if not mine and None not in actions and self._source.complete((*path[:-2], "do")):
-            self._at((*path, "knob"), f"recovers {given.knob}, which this rule's `do` does not move")
-        if given.every <= 0:
-            self._at((*path, "every"), "must be above 0s")
-        if given.add == 0:
-            self._at((*path, "add"), "adding 0 never recovers")
-        for action in mine:
-            if direction(action) * given.add > 0:
-                self._at(
-                    (*path, "add"), "moves the same way as `do`: recover walks the claim back to baseline"
-                )
-                break
-        return Recover(given.knob, scope, given.add, given.every)
-
     def _verify(self, path: Path, rule: RuleModel, inputs: dict[str, InputSpec]) -> Verify | None:
-        given = rule.verify
+        given, path = rule.verify, (*path, "verify")
         if given is None:
             return None
-        path = (*path, "verify")
         if given.input not in inputs:
-            if given.input not in self._signals:
-                hint = did_you_mean(given.input, self._signals)
+            if given.input not in self._findings.signals:
+                hint = did_you_mean(given.input, self._findings.signals)
                 self._at((*path, "input"), f"undeclared input '{given.input}'{hint}")
             return None
-        if not rule.do:
+        if not rule.do and rule.choose is None:
             self._at(path, "nothing to verify: the rule has no `do`", key=True)
         if (given.falls is None) == (given.rises is None):
             if given.falls is not None or self._source.complete(path):
@@ -275,9 +262,43 @@ class Builder:
             return None
         if given.within <= 0:
             self._at((*path, "within"), "must be above 0s")
-        if given.falls is not None:
-            return Verify(given.input, "falls", given.falls, given.within)
-        return Verify(given.input, "rises", given.rises or 0.0, given.within)
+        window_ns = round((inputs[given.input].window_s or 0.0) * 1e9)
+        ratio = given.rises if given.falls is None else given.falls
+        assert ratio is not None, "one of the two is there"
+        return Verify(
+            given.input,
+            "rises" if given.falls is None else "falls",
+            ratio,
+            given.within,
+            undo=given.otherwise == "undo",
+            window_ns=window_ns,
+        )
+
+    def _check_undo(
+        self, path: Path, rule: RuleModel, verify: Verify, actions: Sequence[Action], cooldown_ns: int
+    ) -> None:
+        """An undo needs an effect that is nobody else's, and a change that may be taken back."""
+        if cooldown_ns < verify.within_ns:
+            wait = "dwell" if rule.choose is not None else "cooldown"
+            within = format_duration(verify.within_ns)
+            self._at(path, f"undo needs a {wait} of at least `within`, {within}: else the next step blurs it")
+        if verify.window_ns > verify.within_ns:
+            window, within = format_duration(verify.window_ns), format_duration(verify.within_ns)
+            message = (
+                f"undo cannot be attributed: {verify.input} looks back {window}, but is judged after {within}"
+            )
+            self._at(path, message)
+        if rule.protective:
+            self._at(path, "undo is not for a rule that is `protective: always`")
+        for action in actions:
+            if action.knob not in UNDOABLE:
+                why = "it sheds, admits or guards KV memory"
+                self._at(path, f"undo is not for {action.knob}: {why}")
+            if action.tracks:
+                moves = "a model" if isinstance(action.amount, Solve) else "an expression"
+                self._at(
+                    path, f"undo cannot be attributed: {action.knob} follows {moves} and moves every tick"
+                )
 
     def _unique_rules(self, rules: Sequence[RuleModel]) -> None:
         names = [rule.name for rule in rules]
@@ -285,21 +306,38 @@ class Builder:
             if name in names[:i]:
                 self._at(("spec", "rules", i, "name"), f"a second rule named '{name}'")
 
-    def _at(self, path: Path, message: str, key: bool = False) -> None:
-        named = path[-1] if isinstance(path[-1], str) else None
-        prefix = f"{named}: " if named is not None and not message.startswith(("agg", named)) else ""
-        self.problems.append(self._source.at(path, f"{prefix}{message}", key))
+
+def _named(
+    actions: Sequence[Action],
+    verify: Verify | None,
+    when: Expression | None,
+    until: Expression | None,
+    choose: Choose | None,
+) -> set[str]:
+    """Every variable that the rule names anywhere."""
+    amounts = [action.amount for action in actions]
+    targets = [amount.target for amount in amounts if isinstance(amount, Solve)]
+    named = {verify.input} if verify is not None else set[str]()
+    for expression in (when, until, choose.unless if choose else None, *amounts, *targets):
+        if isinstance(expression, Expression):
+            named.update(expression.names)
+    return named
 
 
-def direction(action: Action) -> int:
-    """-1 where the action always lowers its knob, +1 where it always raises it, 0 where it depends."""
-    if isinstance(action.amount, Expression) or action.kind == "set":
-        return 0
-    rises = action.amount > 0 if action.kind == "add" else action.amount > 1
-    return 1 if rises else -1
+def _identity(given: RuleModel, inputs: dict[str, InputSpec], named: AbstractSet[str]) -> str:
+    """Of the rule's text and of the inputs that it names: what is unchanged keeps its state over a reload."""
+    text = json.dumps(
+        [given.model_dump(mode="json"), {name: str(inputs[name]) for name in named if name in inputs}],
+        sort_keys=True,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _cooldown_ns(rule: RuleModel) -> int:
+    if rule.choose is not None:
+        return rule.choose.dwell
     if rule.cooldown is not None:
         return rule.cooldown
-    return 0 if all(do.set is not None for do in rule.do) else DEFAULT_COOLDOWN_NS
+    # What may come and go, or step, on every tick has to be slowed down where nobody says how.
+    still = all(do.set is not None and (do.scope is None or do.scope.tenant is None) for do in rule.do)
+    return 0 if still else DEFAULT_COOLDOWN_NS

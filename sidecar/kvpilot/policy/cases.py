@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvpilot.knobs import KNOBS
-from kvpilot.policy.build import did_you_mean
 from kvpilot.policy.context import Slo
 from kvpilot.policy.expr import Reading
+from kvpilot.policy.findings import did_you_mean
 from kvpilot.policy.schema import Expectation, TestModel
-from kvpilot.policy.series import STALE, SeriesError, parse_series
+from kvpilot.policy.series import STALE, Series, SeriesError, parse_series
 from kvpilot.policy.source import Path, Source
+from kvpilot.policy.surroundings import Surroundings, build_surroundings
 
 MAX_TICKS = 1_000_000
 
@@ -36,8 +37,9 @@ class Case:
     tick_ns: int
     slo: Slo
     baselines: Mapping[str, float]
-    series: Mapping[str, tuple[Reading, ...]]
+    series: Mapping[str, Series]
     expected: tuple[Expected, ...]
+    surroundings: Surroundings = field(default_factory=Surroundings)
 
     @property
     def ticks(self) -> int:
@@ -60,7 +62,7 @@ def build_cases(
 def _case(
     source: Source, path: Path, test: TestModel, inputs: Sequence[str], rules: AbstractSet[str]
 ) -> Case:
-    series: dict[str, tuple[Reading, ...]] = {}
+    series: dict[str, Series] = {}
     for name, text in test.series.items():
         if name not in inputs:
             hint = did_you_mean(name, inputs)
@@ -88,6 +90,7 @@ def _case(
         baselines=test.knobs,
         series=series,
         expected=tuple(expected),
+        surroundings=build_surroundings(source, path, test),
     )
 
 

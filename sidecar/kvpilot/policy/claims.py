@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
-from kvpilot.policy.arbitrate import Target
 from kvpilot.policy.grid import recover_step
-from kvpilot.policy.rules import Recover, Rule
+from kvpilot.policy.lease import Target
+from kvpilot.policy.rules import Rule
 from kvpilot.policy.state import Claim
 
 
@@ -38,13 +38,13 @@ class Claims:
         self._knobs = knobs
         self._now_ns = now_ns
 
-    def make(self, target: Target, value: float) -> None:
-        """A first claim on the target."""
-        self.held[target] = Claim(*target, value)
-
-    def move(self, target: Target, value: float) -> None:
-        """The claim's new value."""
-        self.held[target] = replace(self.held[target], value=value)
+    def put(self, target: Target, value: float) -> None:
+        """The claim's value, whether it is the first on this target or not."""
+        claim = self.held.get(target)
+        if claim is None:
+            self.held[target] = Claim(*target, value)
+        elif claim.value != value:
+            self.held[target] = replace(claim, value=value)
 
     def stop_recovering(self, target: Target) -> Claim | None:
         """The rule is active again: its claim, if it has one, no longer walks home."""
@@ -54,18 +54,24 @@ class Claims:
         return claim
 
     def leave(self, reason: str) -> None:
-        """The rule has just become inactive: claims start to recover, or drop."""
+        """The rule is inactive: claims that do not walk home yet start to, or drop."""
         for target, claim in list(self.held.items()):
-            knob, recover = self._knobs.get(claim.knob), self._recover_of(target)
-            if knob is None or recover is None or claim.value == knob.baseline:
-                self.drop(target, reason)
-            else:
-                self.held[target] = replace(claim, recover_at_ns=self._now_ns + recover.every_ns)
+            if claim.recover_at_ns is None:
+                self.leave_one(target, reason)
+
+    def leave_one(self, target: Target, reason: str) -> None:
+        """One claim starts to walk home, or drops."""
+        claim = self.held[target]
+        knob, recover = self._knobs.get(claim.knob), self._rule.recover_of(*target)
+        if knob is None or recover is None or claim.value == knob.baseline:
+            self.drop(target, reason)
+        else:
+            self.held[target] = replace(claim, recover_at_ns=self._now_ns + recover.every_ns)
 
     def recover(self) -> None:
-        """The rule is inactive: every claim whose step is due takes it."""
+        """Every claim whose step home is due takes it."""
         for target, claim in list(self.held.items()):
-            if claim.recover_at_ns is None or self._now_ns >= claim.recover_at_ns:
+            if claim.recover_at_ns is not None and self._now_ns >= claim.recover_at_ns:
                 self._step_home(target, claim)
 
     def drop_all(self, reason: str, verdict: str | None = None) -> None:
@@ -90,8 +96,8 @@ class Claims:
         self.drafts.append(Draft(*target, before, after, reason, verdict))
 
     def _step_home(self, target: Target, claim: Claim) -> None:
-        knob, recover = self._knobs.get(claim.knob), self._recover_of(target)
-        action = next((a for a in self._rule.actions if (a.knob, a.scope) == target), None)
+        knob, recover = self._knobs.get(claim.knob), self._rule.recover_of(*target)
+        action = self._rule.action_on(*target)
         if knob is None or recover is None or action is None:
             self.drop(target, "cannot recover")
             return
@@ -101,8 +107,3 @@ class Claims:
             return
         self.held[target] = replace(claim, value=value, recover_at_ns=self._now_ns + recover.every_ns)
         self.draft(target, claim.value, value, "recovering")
-
-    def _recover_of(self, target: Target) -> Recover | None:
-        return next(
-            (r for r in self._rule.recover if r.knob == target[0] and r.scope in (None, target[1])), None
-        )

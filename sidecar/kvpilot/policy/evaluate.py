@@ -5,25 +5,28 @@ the rules, a few microseconds each, nearly all of it expressions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
-from kvpilot.policy.arbitrate import Bid, Ruling, Target, arbitrate
+from kvpilot.policy.arbitrate import Bid, Ruling, arbitrate
 from kvpilot.policy.budget import Budget
+from kvpilot.policy.choose_tick import ChooseTick
 from kvpilot.policy.claims import Draft
 from kvpilot.policy.context import Context, Slo
 from kvpilot.policy.expr import Reading
-from kvpilot.policy.grid import place
-from kvpilot.policy.outcome import OVERRIDE, Decision, Effect, LeaseWish, Notice, Outcome
+from kvpilot.policy.lease import OVERRIDE, LeaseWish, Target
+from kvpilot.policy.notice import Notice
+from kvpilot.policy.outcome import Decision, Effect, Outcome
+from kvpilot.policy.reload import Restart, goes_on, park, restart, retire
 from kvpilot.policy.rule_tick import RuleTick
 from kvpilot.policy.rules import Policy, PolicySet, Rule
-from kvpilot.policy.state import Claim, RuleState, State
+from kvpilot.policy.state import RuleKey, RuleState, State
 from kvpilot.policy.trail import Told, worth_telling
+from kvpilot.policy.turn import Given, Turn
 from kvpilot.signals import Missing
 
 Inputs = Mapping[tuple[str, str], Reading]
 """By (policy name, input name). What is absent is missing."""
 
-_NOT_PROVIDED = Missing("not_provided")
+NOT_PROVIDED = Missing("not_provided")
 
 
 def evaluate(
@@ -45,37 +48,41 @@ class _Tick:
         self._slo = _flatten(context.slo)
         self._readings: dict[str, dict[str, Reading]] = {}
         self._budgets: dict[tuple[str, bool], Budget] = {}
-        self._ticks: list[tuple[RuleTick, RuleState]] = []
+        self._given: dict[tuple[str, bool], Given] = {}
+        self._turns: list[Turn] = []
+        self._rules: dict[RuleKey, RuleState] = {}
         self._decisions: list[Decision] = []
         self._notices: list[Notice] = []
         self._effects: list[Effect] = []
         self._told: dict[Target, Told] = {}
 
     def run(self) -> Outcome:
+        self._open_budgets()
         for policy in self._policies:
             readings: dict[str, Reading] = {
-                name: self._inputs.get((policy.name, name), _NOT_PROVIDED) for name in policy.inputs
+                name: self._inputs.get((policy.name, name), NOT_PROVIDED) for name in policy.inputs
             }
             self._readings[policy.name] = {**readings}
             readings.update(self._slo)
-            if policy.mode != "off":
-                for rule in policy.rules:
+            for rule in policy.rules:
+                if policy.mode == "off":
+                    self._park(policy, rule)
+                else:
                     self._run_rule(policy, rule, readings)
-        self._withdraw_removed()
+        self._retire()
         real, shadow = self._arbitrate(False), self._arbitrate(True)
-        rules = {}
-        for tick, before in self._ticks:
-            ruling = shadow if before.shadow else real
-            overruled = _of_rule(ruling, tick)
-            after = tick.result(overruled)
-            rules[tick.policy.name, tick.rule.name] = after
-            self._settle(tick, before, after, ruling)
-            self._notices += tick.notices
-            self._effects += tick.effects
+        losses = {False: _by_rule(real), True: _by_rule(shadow)}
+        for turn in self._turns:
+            key = (turn.policy.name, turn.rule.name)
+            after = turn.result(losses[turn.before.shadow].get(key, _NOTHING))
+            self._rules[key] = after
+            self._settle(turn, after, shadow if turn.before.shadow else real)
+            self._notices += turn.crier.notices
+            self._effects += turn.trial.effects
         self._journal_orders(real.leases)
         return Outcome(
             state=State(
-                rules=rules,
+                rules=self._rules,
                 leases=real.leases,
                 told=self._told,
                 shadow=shadow.leases,
@@ -88,128 +95,116 @@ class _Tick:
             effects=tuple(self._effects),
         )
 
+    def _open_budgets(self) -> None:
+        """Every policy's, also of those that are off or shadowed now: what was spent stays spent."""
+        limits = {policy.name: policy.limits for policy in self._policies}
+        for key, steps_ns in self._state.steps_ns.items():
+            if key[0] in limits:
+                self._budgets[key] = Budget(limits[key[0]], steps_ns, self._context.now_ns)
+
     def _run_rule(self, policy: Policy, rule: Rule, readings: Mapping[str, Reading]) -> None:
         context = self._context
         shadow = policy.mode == "shadow" or context.off or not (context.armed or rule.protective)
-        before = self._begin(policy, rule, shadow)
-        key = (policy.name, shadow)
-        budget = self._budgets.get(key)
+        before = self._state.rules.get((policy.name, rule.name))
+        if before is None or not goes_on(before, rule, shadow):
+            started = restart(before, rule, shadow, context)
+            self._end(policy.name, rule.name, before, started)
+            before = started.state
+            assert before is not None, "a rule that runs has a state"
+        given = self._given.get((policy.name, shadow))
+        if given is None:
+            given = self._given[policy.name, shadow] = self._give(policy, readings, shadow)
+        kind = RuleTick if rule.choose is None else ChooseTick
+        turn = kind(policy, rule, before, given)
+        turn.run()
+        self._turns.append(turn)
+
+    def _give(self, policy: Policy, readings: Mapping[str, Reading], shadow: bool) -> Given:
+        budget = self._budgets.get((policy.name, shadow))
         if budget is None:
-            budget = Budget(policy.limits, self._state.steps_ns.get(key, ()), context.now_ns)
-            self._budgets[key] = budget
-        tick = RuleTick(policy, rule, before, readings, context, budget, self._state.shadow)
-        tick.run()
-        self._ticks.append((tick, before))
+            budget = self._budgets[policy.name, shadow] = Budget(policy.limits, (), self._context.now_ns)
+        return Given(readings, self._context, budget, self._state.shadow)
 
-    def _begin(self, policy: Policy, rule: Rule, shadow: bool) -> RuleState:
-        """The state to go on from: afresh for a rule that is new, changed, or went into or out of shadow."""
-        state = self._state.rules.get((policy.name, rule.name))
-        if state is None:
-            return RuleState(rule.identity, since_ns=self._context.now_ns, shadow=shadow)
-        if state.shadow != shadow:
-            # What was worked out open loop is no basis for acting, nor the other way round.
-            reason = "into shadow: off, or not armed" if shadow else "out of shadow"
-            for claim in state.claims:
-                self._withdraw(policy.name, rule.name, state, claim, reason)
-            self._silence(state)
-            return RuleState(
-                rule.identity, since_ns=self._context.now_ns, shadow=shadow, changed_ns=state.changed_ns
-            )
-        if state.identity != rule.identity:
-            self._silence(state)
-            return self._changed(policy, rule, state)
-        return state
+    def _park(self, policy: Policy, rule: Rule) -> None:
+        before = self._state.rules.get((policy.name, rule.name))
+        if before is not None:
+            parked = park(before, rule)
+            self._end(policy.name, rule.name, before, parked)
+            if parked.state is not None:
+                self._rules[policy.name, rule.name] = parked.state
 
-    def _changed(self, policy: Policy, rule: Rule, state: RuleState) -> RuleState:
-        """The text changed: inactive, with the claims that the new text knows how to walk home."""
-        kept, now_ns = [], self._context.now_ns
-        for claim in state.claims:
-            action = next((a for a in rule.actions if (a.knob, a.scope) == (claim.knob, claim.scope)), None)
-            recovers = any(r.knob == claim.knob and r.scope in (None, claim.scope) for r in rule.recover)
-            knob = self._context.knobs.get(claim.knob)
-            if action is not None and recovers and knob is not None:
-                value = place(claim.value, action, knob).value
-                kept.append(replace(claim, value=value, recover_at_ns=now_ns))
-            else:
-                self._withdraw(policy.name, rule.name, state, claim, "the rule's text changed")
-        return RuleState(
-            rule.identity,
-            since_ns=self._context.now_ns,
-            shadow=state.shadow,
-            claims=tuple(kept),
-            changed_ns=state.changed_ns,
-        )
-
-    def _withdraw_removed(self) -> None:
-        present = {(tick.policy.name, tick.rule.name) for tick, _ in self._ticks}
+    def _retire(self) -> None:
+        present = {(policy.name, rule.name) for policy in self._policies for rule in policy.rules}
         for (policy, rule), state in sorted(self._state.rules.items()):
             if (policy, rule) not in present:
-                for claim in state.claims:
-                    self._withdraw(policy, rule, state, claim, "the rule was removed or switched off")
-                self._silence(state)
+                self._end(policy, rule, state, retire(state))
 
-    def _withdraw(self, policy: str, rule: str, state: RuleState, claim: Claim, reason: str) -> None:
-        """A claim is gone with the rule that made it; only one that held the knob changes anything."""
-        verdict = "overruled" if claim.overruled_by is not None else "applied"
-        draft = Draft(claim.knob, claim.scope, claim.value, None, reason)
-        self._decide(policy, rule, draft, "shadowed" if state.shadow else verdict)
-
-    def _silence(self, state: RuleState) -> None:
-        """A rule that starts afresh is no longer firing."""
-        old = state.notified
-        if old is not None:
-            self._notices.append(Notice(old.policy, old.rule, old.receiver, old.severity, old.summary, False))
+    def _end(self, policy: str, rule: str, before: RuleState | None, ended: Restart) -> None:
+        """Journal what went with the rule's state; only a claim that held the knob changes anything."""
+        for claim, reason in ended.withdrawn:
+            assert before is not None, "only a state has claims"
+            verdict = "overruled" if claim.overruled_by is not None else "applied"
+            draft = Draft(claim.knob, claim.scope, claim.value, None, reason)
+            self._decide(policy, rule, draft, "shadowed" if before.shadow else verdict)
+        self._notices += ended.over
 
     def _arbitrate(self, shadow: bool) -> Ruling:
         bids = [
             Bid(
-                tick.policy.name,
-                tick.rule.name,
-                tick.policy.priority,
-                tick.rule.protective,
+                turn.policy.name,
+                turn.rule.name,
+                turn.policy.priority,
+                turn.rule.protective,
                 claim.knob,
                 claim.scope,
                 claim.value,
-                tick.rule.lease_ns,
+                turn.rule.lease_ns,
             )
-            for tick, before in self._ticks
-            if before.shadow is shadow
-            for claim in tick.claims.held.values()
+            for turn in self._turns
+            if turn.before.shadow is shadow
+            for claim in turn.claims.held.values()
         ]
         context = self._context
         real = not shadow and not context.off
         orders = [o for o in context.overrides if o.until_ns > context.now_ns] if real else ()
         return arbitrate(bids, context.knobs, orders, context.now_ns)
 
-    def _settle(self, tick: RuleTick, before: RuleState, after: RuleState, ruling: Ruling) -> None:
+    def _settle(self, turn: Turn, after: RuleState, ruling: Ruling) -> None:
         """The verdicts of what the rule drafted, and what arbitration alone changed for it."""
-        policy, rule = tick.policy.name, tick.rule.name
-        was = {(claim.knob, claim.scope): claim for claim in before.claims}
-        # A claim that was dropped changes something only if it held the knob until now.
-        overruled = {
-            (claim.knob, claim.scope): claim.overruled_by for claim in (*before.claims, *after.claims)
-        }
+        before, drafts = turn.before, turn.claims.drafts
+        if not drafts and not after.claims:
+            return
+        policy, rule = turn.policy.name, turn.rule.name
         stepped = set()
-        for draft in tick.claims.drafts:
-            target = (draft.knob, draft.scope)
-            if draft.verdict in (None, "clamped"):
-                stepped.add(target)
-            self._decide(policy, rule, draft, self._verdict(draft, after, overruled.get(target)))
+        if drafts:
+            # A claim that was dropped changes something only if it held the knob until now.
+            overruled = {
+                (claim.knob, claim.scope): claim.overruled_by for claim in (*before.claims, *after.claims)
+            }
+            for draft in drafts:
+                target = (draft.knob, draft.scope)
+                if draft.verdict in (None, "clamped"):
+                    stepped.add(target)
+                self._decide(policy, rule, draft, self._verdict(draft, after, overruled.get(target)))
         if before.shadow:
             return
         for claim in after.claims:
             target = (claim.knob, claim.scope)
-            old, by, lease = was.get(target), claim.overruled_by, ruling.leases.get(target)
+            by, lease = claim.overruled_by, ruling.leases.get(target)
             if lease is not None and (lease.policy, lease.rule) == (policy, rule):
-                self._follow(tick, lease, target in stepped)
-            elif old is not None and by not in (None, old.overruled_by) and target not in stepped:
-                self._decide(policy, rule, Draft(*target, old.value, claim.value, f"by {by}"), "overruled")
+                self._follow(turn, lease, target in stepped)
+            elif by is not None and target not in stepped:
+                old = next((c for c in before.claims if (c.knob, c.scope) == target), None)
+                if old is not None and by != old.overruled_by:
+                    draft = Draft(*target, old.value, claim.value, f"by {by}")
+                    self._decide(policy, rule, draft, "overruled")
 
     def _verdict(self, draft: Draft, after: RuleState, overruled_by: str | None) -> str:
         if draft.verdict is not None and (draft.verdict != "clamped" or overruled_by is None):
             return draft.verdict
         if after.shadow:
-            if after.steps > 1 and draft.after is not None:
+            first = after.steps == 1 and after.changed_ns == self._context.now_ns
+            if not first and draft.after is not None:
                 draft.reason = f"{draft.reason} (open_loop)"
             return "shadowed"
         if overruled_by is not None:
@@ -217,11 +212,12 @@ class _Tick:
             return "overruled"
         return "applied"
 
-    def _follow(self, tick: RuleTick, lease: LeaseWish, stepped: bool) -> None:
+    def _follow(self, turn: Turn, lease: LeaseWish, stepped: bool) -> None:
         """The rule holds this lease: journal it where that is news, unless a step of the rule says it."""
         target, now_ns = (lease.knob, lease.scope), self._context.now_ns
         told, knob = self._state.told.get(target), self._context.knobs[lease.knob]
-        action = next(a for a in tick.rule.actions if (a.knob, a.scope) == target)
+        action = turn.rule.action_on(*target)
+        assert action is not None, "a rule claims only what it acts on"
         reason = "follows its expression" if action.tracks else "holds the knob again"
         if told is not None and (told.policy, told.rule) == (lease.policy, lease.rule):
             before = told.value
@@ -270,11 +266,15 @@ class _Tick:
         )
 
 
-def _of_rule(ruling: Ruling, tick: RuleTick) -> dict[Target, str]:
-    name = (tick.policy.name, tick.rule.name)
-    return {
-        (bid.knob, bid.scope): by for bid, by in ruling.overruled.items() if (bid.policy, bid.rule) == name
-    }
+_NOTHING: Mapping[Target, str] = {}
+
+
+def _by_rule(ruling: Ruling) -> dict[RuleKey, dict[Target, str]]:
+    """Whose claims do not hold, and who holds the knob instead."""
+    losses: dict[RuleKey, dict[Target, str]] = {}
+    for bid, by in ruling.overruled.items():
+        losses.setdefault((bid.policy, bid.rule), {})[bid.knob, bid.scope] = by
+    return losses
 
 
 def _sorted(leases: Mapping[Target, LeaseWish]) -> tuple[LeaseWish, ...]:

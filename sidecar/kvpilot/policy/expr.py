@@ -25,6 +25,7 @@ MAX_LENGTH = 500
 Wanted = Literal["bool", "number"]
 Reading = float | Missing
 
+_NUMBERS = (float, int)
 _SLO_TARGETS = ("itl", "ttft")
 _SLO_PLAUSIBLE = (0.0, 1000.0)
 _COMPARISONS = {"<", "<=", ">", ">=", "==", "!="}
@@ -81,11 +82,16 @@ class Expression:
 
     def evaluate(self, readings: Mapping[str, Reading]) -> bool | float | Missing:
         """The value, or Missing if an input is, or if evaluation failed or gave no finite number."""
-        absent = self.missing(readings)
-        if absent is not None:
-            return absent[1]
+        data = {}
+        for name in self.names:
+            reading = readings.get(name)
+            if not isinstance(reading, _NUMBERS) or reading != reading:
+                absent = self.missing(readings)
+                assert absent is not None, "this one is"
+                return absent[1]
+            data[name] = reading
         try:
-            result = self.program.eval(data={name: readings[name] for name in self.names})
+            result = self.program.eval(data=data)
         except RuntimeError:
             return Missing("eval_error")
         if result.type() not in _RESULT_TYPES[self.wanted]:
@@ -96,7 +102,7 @@ class Expression:
         return float(value) if math.isfinite(value) else Missing("not_finite")
 
 
-class _Token(NamedTuple):
+class Token(NamedTuple):
     kind: str
     text: str
     offset: int
@@ -107,16 +113,20 @@ LOWEST = "lowest"
 
 
 def compile_expression(
-    text: str, inputs: Mapping[str, Signal | None], wanted: Wanted, classes: Sequence[str] | None = None
+    text: str,
+    inputs: Mapping[str, Signal | None],
+    wanted: Wanted,
+    classes: Sequence[str] | None = None,
+    fixed: bool = False,
 ) -> Expression:
     """Type-check `text` against the declared inputs (None: declared, its signal unknown) and `slo`.
 
     `classes` are the class names of the configuration; None accepts any, for checking without one.
-    Raises ExpressionError.
+    `fixed`: it may name no input at all, as a model's target does. Raises ExpressionError.
     """
     if len(text) > MAX_LENGTH:
         raise ExpressionError([Fault(0, f"expression of {len(text)} characters: at most {MAX_LENGTH}")])
-    tokens = _tokenize(text)
+    tokens = tokenize(text)
     slo = {token.text for token in tokens if token.kind == "name" and _is_slo(token.text, classes)}
     declared = {*inputs, *slo}
     program = _compile(text, tokens, sorted(declared), [*inputs, "slo.itl", "slo.ttft", *slo])
@@ -124,7 +134,7 @@ def compile_expression(
         what = "a condition (true or false)" if wanted == "bool" else "a number"
         raise ExpressionError([Fault(0, f"must be {what}, but is {program.return_type().name().lower()}")])
     names = sorted({token.text for token in tokens if token.text in declared})
-    if not any(name in inputs for name in names):
+    if not fixed and not any(name in inputs for name in names):
         raise ExpressionError([Fault(0, "names no input, so it can never change")])
     faults = [*_implausible(tokens, inputs)]
     if faults:
@@ -132,8 +142,8 @@ def compile_expression(
     return Expression(text, tuple(names), wanted, program)
 
 
-def _tokenize(text: str) -> list[_Token]:
-    tokens: list[_Token] = []
+def tokenize(text: str) -> list[Token]:
+    tokens: list[Token] = []
     position = 0
     while position < len(text):
         match = _TOKENS.match(text, position)
@@ -141,9 +151,9 @@ def _tokenize(text: str) -> list[_Token]:
             raise ExpressionError([Fault(position, f"unexpected character {text[position]!r}")])
         kind = str(match.lastgroup)
         if kind == "name":
-            tokens.append(_Token(kind, re.sub(r"\s+", "", match[0]), position))
+            tokens.append(Token(kind, re.sub(r"\s+", "", match[0]), position))
         elif kind != "space":
-            tokens.append(_Token(kind, match[0], position))
+            tokens.append(Token(kind, match[0], position))
         position = match.end()
     calls = [
         Fault(name.offset, f"{name.text}(...): expressions have no functions and no macros")
@@ -164,7 +174,7 @@ def _is_slo(name: str, classes: Sequence[str] | None) -> bool:
     return False
 
 
-def _compile(text: str, tokens: Sequence[_Token], declared: list[str], known: list[str]) -> Any:
+def _compile(text: str, tokens: Sequence[Token], declared: list[str], known: list[str]) -> Any:
     """Every integer literal becomes a double: all variables are, and CEL does not mix the two."""
     promoted, origin = "", []
     at = 0
@@ -182,7 +192,7 @@ def _compile(text: str, tokens: Sequence[_Token], declared: list[str], known: li
 
 
 def _faults(
-    report: str, promoted: str, origin: list[int], tokens: Sequence[_Token], known: list[str]
+    report: str, promoted: str, origin: list[int], tokens: Sequence[Token], known: list[str]
 ) -> list[Fault]:
     starts = [0]
     for row in promoted.split("\n"):
@@ -201,7 +211,7 @@ def _faults(
     return [faults[offset] for offset in sorted(faults)]
 
 
-def _readable(message: str, offset: int, tokens: Sequence[_Token], known: list[str]) -> Fault:
+def _readable(message: str, offset: int, tokens: Sequence[Token], known: list[str]) -> Fault:
     message = message.removesuffix("[INVALID_ARGUMENT]").replace(" (in container '')", "").strip()
     message = re.sub(r" expecting \{.*|:? ?no viable alternative.*", "", message).replace("'<EOF>'", "end")
     message = re.sub(
@@ -221,7 +231,7 @@ def _readable(message: str, offset: int, tokens: Sequence[_Token], known: list[s
     return Fault(offset, message[:1].lower() + message[1:])
 
 
-def _implausible(tokens: Sequence[_Token], inputs: Mapping[str, Signal | None]) -> list[Fault]:
+def _implausible(tokens: Sequence[Token], inputs: Mapping[str, Signal | None]) -> list[Fault]:
     """Comparisons of one bare variable with one bare number that cannot be meant, or can never hold."""
     folded = _fold_signs(tokens)
     faults = []
@@ -243,15 +253,15 @@ def _implausible(tokens: Sequence[_Token], inputs: Mapping[str, Signal | None]) 
     return faults
 
 
-def _fold_signs(tokens: Sequence[_Token]) -> list[_Token]:
+def _fold_signs(tokens: Sequence[Token]) -> list[Token]:
     """`-` and a number after a comparison or an edge become one negative number."""
-    folded: list[_Token] = []
+    folded: list[Token] = []
     for token in tokens:
         sign = folded[-1] if folded else None
         if token.kind in ("float", "int") and sign is not None and sign.text == "-":
             before = folded[-2].text if len(folded) > 1 else ""
             if before in _COMPARISONS or before in _EDGES:
-                folded[-1] = _Token(token.kind, f"-{token.text}", sign.offset)
+                folded[-1] = Token(token.kind, f"-{token.text}", sign.offset)
                 continue
         folded.append(token)
     return folded

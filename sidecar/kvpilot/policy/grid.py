@@ -30,13 +30,26 @@ def protective_first(knob: str, value: float) -> float:
 def place(wish: float, action: Action, knob: ManifestKnob) -> Placed:
     """The claim for `wish`: rounded to the protective side, then the bounds, then the engine's limits."""
     value = wish
-    if action.step is not None:
+    if action.step is not None and math.isfinite(wish):
         multiple = wish / action.step
         lower = KNOBS[action.knob].protective == "lower"
         whole = math.floor(multiple + _TOLERANCE) if lower else math.ceil(multiple - _TOLERANCE)
         value = whole * action.step
     value = min(max(value, action.minimum), action.maximum)
     return Placed(_representable(value, action, knob), not knob.minimum <= value <= knob.maximum)
+
+
+def stride(value: float, wish: float, action: Action, knob: ManifestKnob) -> Placed:
+    """The claim one step from `value` towards `wish`: at least one place on the grid, if there is one.
+
+    Or a knob of whole numbers would stay where a small step rounds to nothing: 1 times 0.6 is 1 again.
+    """
+    placed = place(wish, action, knob)
+    if placed.value != value or wish == value:
+        return placed
+    size = max(knob.granularity, action.step or 0.0)
+    further = place(value + math.copysign(size, wish - value), action, knob)
+    return further if (further.value - value) * (wish - value) > 0 else placed
 
 
 def recover_step(value: float, recover: Recover, action: Action, knob: ManifestKnob) -> float | None:

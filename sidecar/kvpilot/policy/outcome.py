@@ -5,40 +5,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvpilot.link.controls import Scope
+from kvpilot.policy.lease import LeaseWish
+from kvpilot.policy.notice import Notice
+from kvpilot.policy.state import State
 from kvpilot.signals import Missing
 
-if TYPE_CHECKING:
-    from kvpilot.policy.state import State
-
-VERDICTS = (
-    "applied",
-    "shadowed",
-    "clamped",
-    "overruled",
-    "rate_limited",
-    "cooling_down",
-    "missing_input",
-    "unsupported",
-)
-"""Those that evaluation gives. The pilot adds what only the engine can say, such as `unconfirmed`."""
-
-OVERRIDE = "override"
-"""The policy name under which a person's order appears in leases and decisions; no file may use it."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseWish:
-    """A winner of this tick: the pilot writes it, and renews it as long as it stays in the outcome."""
-
-    knob: str
-    scope: Scope
-    value: float
-    ttl_ns: int
-    policy: str
-    rule: str
+VERDICTS = {
+    "applied": "The change was made; from the pilot: the engine or every valve echoes it.",
+    "unconfirmed": "Written, and no echo of it has come yet.",
+    "shadowed": "Decided and not made: the rule is in shadow. `open_loop`: not its first action there.",
+    "clamped": "Made as far as the engine's own limits let it.",
+    "overruled": "Claimed, while another claim or a person's order holds the knob.",
+    "rate_limited": "Not made: the policy's `limits` are used up.",
+    "cooling_down": "Not made yet: the rule's last step is more recent than its `cooldown`.",
+    "missing_input": "An input or a model is missing: claims are held or released.",
+    "unsupported": "This engine has no such knob.",
+    "rejected_by_engine": "The engine has read it and has another value in force.",
+    "lease_expired": "The lease ran out before it was renewed: the engine was back at baseline.",
+    "undone": "The effect that `verify` expects did not come: claims dropped, the rule suspended.",
+    "inconclusive": "Nobody can say whose the effect was, so nothing was undone.",
+    "suspended": "Not made: an earlier change of this rule was undone, and it has to wait.",
+}
+"""Every verdict of the journal with its meaning."""
+FROM_ECHOES = ("unconfirmed", "rejected_by_engine", "lease_expired")
+"""Those that only the pilot can give, from what engine and valves say; evaluation gives the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +54,6 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
-    """A rule with `notify` became active (`firing`), or is over."""
-
-    policy: str
-    rule: str
-    receiver: str
-    severity: str
-    summary: str
-    firing: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Effect:
     """What a change was expected to do, beside what it did. `met` is None when it could not be judged."""
 
@@ -85,13 +65,15 @@ class Effect:
     after: float | None
     met: bool | None
     reason: str
+    decided_ns: int
+    """When the change was decided: its decisions have the same policy, rule and `at_ns`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """See the module docstring. `shadow` is what shadowed rules would hold; it never reaches an engine."""
 
-    state: "State"
+    state: State
     leases: tuple[LeaseWish, ...]
     shadow: tuple[LeaseWish, ...]
     decisions: tuple[Decision, ...]

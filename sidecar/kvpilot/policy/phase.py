@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from kvpilot.policy.state import Phase
 
+_ASKS_WHEN = (Phase.INACTIVE, Phase.PENDING)
+
 
 class Standing(NamedTuple):
     """A phase and since when."""
@@ -17,7 +19,7 @@ class Standing(NamedTuple):
 
 def asks_when(phase: Phase) -> bool:
     """Whether this phase consults `when`; the others consult `until`."""
-    return phase in (Phase.INACTIVE, Phase.PENDING)
+    return phase in _ASKS_WHEN
 
 
 def advance(now: Standing, holds: bool, now_ns: int, for_ns: int, keep_for_ns: int) -> Standing:

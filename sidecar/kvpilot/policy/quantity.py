@@ -41,6 +41,15 @@ def parse_amount(value: object) -> float | str:
         raise ValueError(f"{_shown(value)} is not a number, a percentage or an expression") from None
 
 
+def parse_seconds(value: object) -> float | str:
+    """Seconds: a number, a duration, or the text of an expression. Raises ValueError."""
+    if isinstance(value, str):
+        return parse_duration(value) / 1e9 if _DURATION.fullmatch(value) else value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise ValueError(f"{_shown(value)} is not seconds, a duration such as 40ms, or an expression")
+
+
 def format_duration(duration_ns: int) -> str:
     """The shortest of the forms above that is exact to the millisecond."""
     milliseconds = round(duration_ns / 1_000_000)
@@ -48,6 +57,13 @@ def format_duration(duration_ns: int) -> str:
         return f"{milliseconds}ms"
     seconds = milliseconds // 1000
     return f"{seconds // 60}m" if seconds and seconds % 60 == 0 else f"{seconds}s"
+
+
+def format_number(value: float) -> str:
+    """A whole number as it is, any other to four places that count; infinity as `no limit`."""
+    if math.isinf(value):
+        return "no limit" if value > 0 else "no lower limit"
+    return f"{value:.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _percentage(value: object) -> float | None:

@@ -5,6 +5,9 @@ value that has grown too old.
 """
 
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 from kvpilot.policy.expr import Reading
 from kvpilot.signals import Missing
@@ -29,9 +32,46 @@ class SeriesError(ValueError):
         self.offset = offset
 
 
-def parse_series(text: str) -> tuple[Reading, ...]:
+class _Run(NamedTuple):
+    """Samples of one item: the first, what each next one adds, and how many come before its end."""
+
+    first: Reading
+    step: float
+    end: int
+
+
+class Series(Sequence[Reading]):
+    """Samples as they were written, a few words however many: `1x99999` is one run."""
+
+    def __init__(self, runs: Sequence[_Run]) -> None:
+        self._runs = runs
+        self._ends = [run.end for run in runs]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Reading: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Reading]: ...
+    def __getitem__(self, index: int | slice) -> Reading | Sequence[Reading]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        run = self._runs[number]
+        if isinstance(run.first, Missing):
+            return run.first
+        return run.first + run.step * (index - (self._ends[number - 1] if number else 0))
+
+
+def parse_series(text: str) -> Series:
     """The samples. Raises SeriesError."""
-    samples: list[Reading] = []
+    runs: list[_Run] = []
+    end = 0
     for word in re.finditer(r"\S+", text):
         match = _ITEM.fullmatch(word[0])
         if match is None:
@@ -39,15 +79,15 @@ def parse_series(text: str) -> tuple[Reading, ...]:
                 word.start(), f"'{word[0][:40]}' is not a series item such as 0.02x7, 1+0.5x3, _ or stale"
             )
         count = int(match["gaps"] or match["times"] or 0)
-        if len(samples) + count > MAX_SAMPLES:
+        end += count if match["gaps"] else count + 1
+        if end > MAX_SAMPLES:
             raise SeriesError(word.start(), f"more than {MAX_SAMPLES} samples")
         if match["gap"]:
-            samples += [NOTHING] * (count if match["gaps"] else 1)
+            runs.append(_Run(NOTHING, 0.0, end))
         elif match["stale"]:
-            samples.append(STALE)
+            runs.append(_Run(STALE, 0.0, end))
         else:
-            start, step = float(match["start"]), float(match["step"] or 0)
-            samples += [start + step * i for i in range(count + 1)]
-    if not samples:
+            runs.append(_Run(float(match["start"]), float(match["step"] or 0), end))
+    if not end:
         raise SeriesError(0, "an empty series")
-    return tuple(samples)
+    return Series(runs)

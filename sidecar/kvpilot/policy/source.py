@@ -5,7 +5,8 @@ bounded size and depth: whatever the bytes, the result is data or `Problem`s, ne
 """
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import yaml
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 40
+MAX_SHOWN = 1_000
+"""Characters of a path or a message that are shown."""
 
 Path = tuple[str | int, ...]
 
@@ -20,6 +23,7 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 _TRUE = re.compile(r"true|True|TRUE")
 _FALSE = re.compile(r"false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]{1,18}")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
@@ -32,7 +36,16 @@ class Problem(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}:{self.column}: {self.message}"
+        return f"{printable(self.path)}:{self.line}:{self.column}: {printable(self.message)}"
+
+
+def printable(text: str) -> str:
+    """`text` on one line of a terminal, whatever a file has in it: bounded, control characters escaped."""
+    if len(text) > MAX_SHOWN:
+        text = f"{text[: MAX_SHOWN - 3]}..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,8 +69,12 @@ class Source:
         self.path = path
         self.problems: list[Problem] = []
         self._text = ""
+        self._lines = [0]
+        """Where each line begins."""
         self._root: yaml.Node | None = None
         self._cut: set[int] = set()
+        self._keys: dict[int, dict[object, _Place]] = {}
+        """By node: its children by key, once somebody has asked."""
         self._read(raw)
 
     def problem(self, line: int, column: int, message: str) -> Problem:
@@ -68,13 +85,18 @@ class Source:
         """The document as plain data; keys are strings. None where there is no usable document."""
         return None if self._root is None else _plain(self._root)
 
+    def _problem_at(self, index: int, message: str) -> Problem:
+        """At a character of the text. YAML knows more ends of lines than people's editors do."""
+        line = bisect_right(self._lines, index)
+        return self.problem(line, index - self._lines[line - 1] + 1, message)
+
     def at(self, path: Sequence[str | int], message: str, key: bool = False) -> Problem:
         """A problem at the value of `path` (or at its key), or at the deepest part of `path` that exists."""
         place = self._find(path)
         if place is None:
             return self.problem(1, 1, message)
         mark = (place.key if key and place.key is not None else place.node).start_mark
-        return self.problem(mark.line + 1, mark.column + 1, message)
+        return self._problem_at(mark.index, message)
 
     def inside(self, path: Sequence[str | int], offset: int, message: str) -> Problem:
         """A problem at character `offset` of the string at `path`."""
@@ -82,27 +104,30 @@ class Source:
         if place is None or not isinstance(place.node, yaml.ScalarNode):
             return self.at(path, message)
         index = self._index_of(place.node, offset)
-        line_start = self._text.rfind("\n", 0, index) + 1
-        return self.problem(self._text.count("\n", 0, index) + 1, index - line_start + 1, message)
+        return self._problem_at(index, message)
 
-    def prune(self, path: Path) -> bool:
-        """Drop the value at `path`, so that the rest can be checked. False when there is nothing to drop."""
-        if not path or self._root is None:
-            return False
-        parent = self._find(path[:-1], exact=True)
-        if parent is None:
-            return False
-        node, last = parent.node, path[-1]
+    def prune(self, paths: Iterable[Path]) -> bool:
+        """Drop the values at `paths`, so that the rest can be checked. False when there is none of them."""
+        cuts: dict[int, tuple[yaml.Node, set[str | int]]] = {}
+        for path in paths:
+            parent = self._find(path[:-1], exact=True) if path else None
+            if parent is not None:
+                cuts.setdefault(id(parent.node), (parent.node, set()))[1].add(path[-1])
+        changed = [self._cut_out(node, last) for node, last in cuts.values()]
+        return any(changed)
+
+    def _cut_out(self, node: yaml.Node, last: set[str | int]) -> bool:
         if isinstance(node, yaml.MappingNode):
-            kept = [(key, value) for key, value in node.value if key.value != last]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(last, int) and last < len(node.value):
-            kept = node.value[:last] + node.value[last + 1 :]
+            kept = [(key, value) for key, value in node.value if key.value not in last]
+        elif isinstance(node, yaml.SequenceNode):
+            kept = [item for i, item in enumerate(node.value) if i not in last]
         else:
             return False
         changed = len(kept) < len(node.value)
         node.value = kept
         if changed:
             self._cut.add(id(node))
+            self._keys.pop(id(node), None)
         return changed
 
     def complete(self, path: Sequence[str | int]) -> bool:
@@ -110,12 +135,23 @@ class Source:
         place = self._find(path, exact=True)
         return place is not None and id(place.node) not in self._cut
 
+    def rule(self, name: str) -> Path:
+        """The path of the rule of that name; of all rules where there is none."""
+        data = self.data()
+        spec = data.get("spec") if isinstance(data, dict) else None
+        rules = spec.get("rules") if isinstance(spec, dict) else None
+        for i, rule in enumerate(rules if isinstance(rules, list) else ()):
+            if isinstance(rule, dict) and rule.get("name") == name:
+                return ("spec", "rules", i)
+        return ("spec", "rules")
+
     def _read(self, raw: bytes) -> None:
         if len(raw) > MAX_BYTES:
             self.problems.append(self.problem(1, 1, f"file of {len(raw)} bytes: at most {MAX_BYTES}"))
             return
         try:
             self._text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+            self._lines = [0, *(match.end() for match in re.finditer("\n", self._text))]
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
             column = error.start - raw.rfind(b"\n", 0, error.start)
@@ -127,17 +163,13 @@ class Source:
             self.problems.append(self.problem(1, 1, f"nested too deeply: at most {MAX_DEPTH} levels"))
             return
         except yaml.reader.ReaderError as error:
-            index = int(error.position)
-            line, column = self._text.count("\n", 0, index) + 1, index - self._text.rfind("\n", 0, index)
-            self.problems.append(
-                self.problem(line, column, f"character U+{error.character:04X} is not allowed")
-            )
+            message = f"character U+{error.character:04X} is not allowed"
+            self.problems.append(self._problem_at(int(error.position), message))
             return
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
             what = " ".join(part for part in (error.context, error.problem) if part)
-            self.problems.append(self.problem(line, column, f"not YAML: {what}"))
+            self.problems.append(self._problem_at(mark.index if mark else 0, f"not YAML: {what}"))
             return
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             # PyYAML leaks these on some malformed escapes, directives and tags.
@@ -171,34 +203,53 @@ class Source:
             self._inspect_keys(node)
             for _, value in node.value:
                 self._inspect(value, seen, depth + 1)
-        elif isinstance(node, yaml.ScalarNode) and node.style is None and _scalar(node) is _NOT_A_NUMBER:
-            self._complain(mark, f"number {node.value[:40]} is too long or not finite")
+        elif isinstance(node, yaml.ScalarNode):
+            self._inspect_scalar(node)
+
+    def _inspect_scalar(self, node: yaml.ScalarNode) -> None:
+        half = _SURROGATE.search(node.value)
+        if half is not None:
+            self._complain(node.start_mark, f"U+{ord(half[0]):04X} is half a character")
+        elif node.style is None and _scalar(node) is _NOT_A_NUMBER:
+            self._complain(node.start_mark, f"number {node.value[:40]} is too long or not finite")
 
     def _inspect_keys(self, node: yaml.MappingNode) -> None:
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self._complain(key.start_mark, "a key must be a plain word")
+            elif _SURROGATE.search(key.value):
+                self._inspect_scalar(key)
             elif key.value in lines:
                 self._complain(
                     key.start_mark, f"duplicate key '{key.value}' (first on line {lines[key.value]})"
                 )
             else:
-                lines[key.value] = key.start_mark.line + 1
+                lines[key.value] = self._problem_at(key.start_mark.index, "").line
 
     def _complain(self, mark: yaml.Mark, message: str) -> None:
-        self.problems.append(self.problem(mark.line + 1, mark.column + 1, message))
+        self.problems.append(self._problem_at(mark.index, message))
 
     def _find(self, path: Sequence[str | int], exact: bool = False) -> _Place | None:
         if self._root is None:
             return None
         place = _Place(self._root, None)
         for step in path:
-            child = _child(place.node, step)
+            child = self._child(place.node, step)
             if child is None:
                 return None if exact else place
             place = child
         return place
+
+    def _child(self, node: yaml.Node, step: str | int) -> _Place | None:
+        if isinstance(node, yaml.MappingNode):
+            keys = self._keys.get(id(node))
+            if keys is None:
+                keys = self._keys[id(node)] = {key.value: _Place(value, key) for key, value in node.value}
+            return keys.get(step)
+        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            return _Place(node.value[step], None)
+        return None
 
     def _index_of(self, node: yaml.ScalarNode, offset: int) -> int:
         """Where character `offset` of a scalar stands in the text: quotes, folds and indents skipped."""
@@ -219,16 +270,6 @@ class Source:
 
 
 _NOT_A_NUMBER = object()
-
-
-def _child(node: yaml.Node, step: str | int) -> _Place | None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == step:
-                return _Place(value, key)
-    elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-        return _Place(node.value[step], None)
-    return None
 
 
 def _plain(node: yaml.Node) -> object:

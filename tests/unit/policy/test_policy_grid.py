@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
-from kvpilot.policy.grid import place, recover_step
+from kvpilot.policy.grid import place, recover_step, stride
 from kvpilot.policy.rules import Action, Recover
 
 ALL = Scope("all")
@@ -88,3 +88,40 @@ def test_a_few_ulps_below_a_multiple_is_that_multiple() -> None:
 def test_the_engines_limits_win_where_they_do_not_meet_the_rules() -> None:
     knob = ManifestKnob("prefill_chunk_tokens", "tokens", 512, 4096, 2048, 16, "")
     assert place(100, action(knob, 32, 256), knob) == (512, True)
+
+
+DRAFTS = ManifestKnob("speculative_tokens", "tokens", 0, 8, 4, 1, "")
+
+
+def test_a_small_step_on_whole_numbers_is_a_step_of_one() -> None:
+    """1 times 0.6 rounds to 1 again: the rule would say that it acts and change nothing."""
+    bounds = action(DRAFTS, 0, 8)
+    values, value = [], 8.0
+    for _ in range(8):
+        value = stride(value, value * 0.6, bounds, DRAFTS).value
+        values.append(value)
+    assert values == [5, 3, 2, 1, 0, 0, 0, 0]
+    assert stride(3, 3.2, bounds, DRAFTS).value == 4
+    assert stride(0, 0 * 0.6, bounds, DRAFTS).value == 0, "nothing times anything stays nothing"
+
+
+def test_a_step_never_leaves_the_bounds() -> None:
+    assert stride(2, 1.9, action(DRAFTS, 2, 8), DRAFTS).value == 2
+    assert stride(8, 8.1, action(DRAFTS, 2, 8), DRAFTS).value == 8
+
+
+@given(knobs(), st.floats(-200, 400), st.floats(-200, 400), st.sampled_from([None, 1.0, 7.0]))
+def test_a_step_moves_the_way_it_was_meant_or_not_at_all(
+    knob: ManifestKnob, start: float, wish: float, step: float | None
+) -> None:
+    bounds = action(knob, -1000, 1000, step)
+    value = place(start, bounds, knob).value
+    moved = stride(value, wish, bounds, knob).value
+    assert knob.snap(moved) == moved
+    # Rounding to the protective side may go against a wish that is less than one place away.
+    assert (moved - value) * (wish - value) >= 0 or abs(wish - value) < max(knob.granularity, step or 0)
+
+
+@pytest.mark.parametrize(("wish", "value"), [(float("inf"), 8), (float("-inf"), 2)])
+def test_an_infinite_wish_ends_at_the_bound(wish: float, value: float) -> None:
+    assert place(wish, action(DRAFTS, 2, 8, 2.0), DRAFTS).value == value

@@ -1,161 +1,140 @@
-"""What must hold at every tick of every flight: random rules, random inputs with gaps, random people."""
+"""What must hold at every tick of every flight: random policies, series with every gap, random people.
 
-import itertools
+`steps` below counts what a rule did from the outside, from one state to the next, not from its own books.
+"""
+
+import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase as Stage
 from hypothesis import strategies as st
+from policy_worlds import (
+    ALL,
+    CALM,
+    KNOBS,
+    Flown,
+    Moment,
+    by_key,
+    fly,
+    policies,
+    policy_texts,
+    series,
+)
 
 from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.arbitrate import Bid, arbitrate, covers
-from kvpilot.policy.context import Context, Override
-from kvpilot.policy.evaluate import evaluate
-from kvpilot.policy.expr import Expression, Reading
-from kvpilot.policy.grid import protective_first
+from kvpilot.policy.context import Override
+from kvpilot.policy.expr import Expression
+from kvpilot.policy.grid import place, protective_first
+from kvpilot.policy.lease import OVERRIDE
 from kvpilot.policy.load import load_text
-from kvpilot.policy.outcome import OVERRIDE, Outcome
+from kvpilot.policy.outcome import FROM_ECHOES, VERDICTS, Outcome
 from kvpilot.policy.phase import asks_when
-from kvpilot.policy.rules import Action, Policy, Rule
-from kvpilot.policy.state import Phase, RuleState, State
+from kvpilot.policy.rules import TOP_TENANT, Action, Policy, Rule, Solve
+from kvpilot.policy.state import Claim, Phase, RuleState
 from kvpilot.signals import Missing
 
-ALL = Scope("all")
-MS = 1_000_000
-TICK_NS = 100 * MS
+Key = tuple[str, str]
+Target = tuple[str, Scope]
 
-KNOBS = {
-    knob.name: knob
-    for knob in (
-        ManifestKnob("prefill_chunk_tokens", "tokens", 24, 500, 300, 16, ""),
-        ManifestKnob("speculative_tokens", "tokens", 0, 5, 3, 1, ""),
-        ManifestKnob("shed_fraction", "ratio", 0, 0.9, 0, 0.05, ""),
-    )
-}
-AMOUNTS = {"prefill_chunk_tokens": (16, 600), "speculative_tokens": (0, 7), "shed_fraction": (0, 1)}
-
-durations = st.sampled_from(["0s", "100ms", "300ms", "1s"])
+flights = settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+    # Not the one that explains: it traces every line, and takes minutes here.
+    phases=(Stage.explicit, Stage.reuse, Stage.generate, Stage.shrink),
+)
 
 
-@st.composite
-def actions(draw: st.DrawFn) -> tuple[str, str]:
-    """An action and how it recovers, as YAML."""
-    knob = draw(st.sampled_from([*KNOBS, "max_running"]))
-    low, high = sorted(draw(st.tuples(*[st.integers(0, 20)] * 2)))
-    least, most = AMOUNTS.get(knob, (1, 100))
-    bounds = [round(least + (most - least) * share / 20, 2) for share in (low, high)]
-    kind = draw(st.sampled_from(["set", "add", "multiply", "follow"]))
-    way = draw(st.sampled_from([-1, 1]))
-    amount = {
-        "set": f"set: {bounds[0]}",
-        "add": f"add: {way * (most - least) / 7:.3f}",
-        "multiply": f"multiply: {0.6 if way < 0 else 1.7}",
-        "follow": f"set: a * {most / 10}",
-    }[kind]
-    scope = (
-        f", scope: {{classAtMost: {draw(st.integers(0, 1))}}}"
-        if knob == "shed_fraction" and draw(st.booleans())
-        else ""
-    )
-    step = f", step: {(most - least) / 16:.3f}" if draw(st.booleans()) else ""
-    text = f"{{knob: {knob}, {amount}, min: {bounds[0]}, max: {bounds[1]}{step}{scope}}}"
-    back = -way * (most - least) / draw(st.sampled_from([3, 9, 40]))
-    return text, f"{{knob: {knob}, add: {back:.4f}, every: {draw(st.sampled_from(['100ms', '500ms']))}}}"
+def claims_of(state: RuleState | None) -> dict[Target, Claim]:
+    return {} if state is None else {(claim.knob, claim.scope): claim for claim in state.claims}
 
 
-@st.composite
-def rules(draw: st.DrawFn, index: int, protective: bool) -> str:
-    do = draw(st.lists(actions(), min_size=1, max_size=2, unique_by=lambda pair: pair[0].split(",")[0]))
-    recover = draw(st.booleans())
-    lines = [
-        f"    - name: rule-{index}",
-        f"      when: {draw(st.sampled_from(['a > 5', 'a > 5 || b > 8', 'b > 2']))}",
-        f"      for: {draw(durations)}",
-        f"      keepFor: {draw(durations)}",
-        f"      do: [{', '.join(text for text, _ in do)}]",
+def before(flown: Flown, key: Key) -> RuleState | None:
+    """The state that the rule went on from; None where it began afresh."""
+    old, new = flown.before.rules.get(key), flown.outcome.state.rules[key]
+    return old if old is not None and old.shadow is new.shadow else None
+
+
+# No rule acts on a missing input.
+
+
+@flights
+@given(policies(), series())
+def test_no_rule_acts_on_a_missing_input(made: list[Policy], flight: list[Moment]) -> None:
+    """Where what it goes by is missing, claims stay as they are, go, end a probe, or are the fallback."""
+    known = by_key(made)
+    for flown in fly(made, flight):
+        for key, state in flown.outcome.state.rules.items():
+            policy, rule = known[key]
+            old = before(flown, key)
+            if not is_blind(rule, flown.moment, old):
+                continue
+            was = claims_of(old)
+            for target, claim in claims_of(state).items():
+                stays = target in was and was[target].value == claim.value
+                assert stays or is_fallback(policy, rule, claim) or ends_probe(old, claim)
+            assert old is not None or state.phase is Phase.INACTIVE
+            assert old is None or not asks_when(old.phase) or state.phase is Phase.INACTIVE
+
+
+def is_blind(rule: Rule, moment: Moment, old: RuleState | None) -> bool:
+    if rule.choose is not None:
+        return rule.choose.unless is not None and is_gone(moment.b)
+    entering = old is None or asks_when(old.phase)
+    condition = rule.when if entering or rule.until is None else rule.until
+    amounts = [action.amount for action in rule.actions]
+    expressions = [condition, *(amount for amount in amounts if isinstance(amount, Expression))]
+    names = {name for expression in expressions if expression is not None for name in expression.names}
+    models = [
+        moment.credits if amount.klass else moment.chunk for amount in amounts if isinstance(amount, Solve)
     ]
-    if draw(st.booleans()):
-        lines.append(f"      until: {draw(st.sampled_from(['a < 3', 'b < 2', 'a < 3 && b < 5']))}")
-    if draw(st.booleans()):
-        lines.append(f"      cooldown: {draw(durations)}")
-    if recover:
-        lines.append(f"      recover: [{', '.join(text for _, text in do)}]")
-    if protective:
-        lines.append("      protective: always")
-    return "\n".join(lines)
+    tops = [moment.top for action in rule.actions if action.scope == TOP_TENANT]
+    return any(
+        is_gone(value)
+        for value in (*(getattr(moment, name) for name in names if len(name) == 1), *models, *tops)
+    )
 
 
-@st.composite
-def policies(draw: st.DrawFn) -> list[Policy]:
-    made = []
-    for number in range(draw(st.integers(1, 3))):
-        protective = draw(st.booleans()) and number == 0
-        body = "\n".join(draw(rules(index, protective)) for index in range(draw(st.integers(1, 2))))
-        limits = draw(st.sampled_from(["", "  limits: {maxChanges: 2, per: 2s}\n"]))
-        missing = draw(st.sampled_from(["  onMissing: release\n", "  onMissing: hold\n  holdFor: 500ms\n"]))
-        priority = 1000 if protective else draw(st.integers(0, 2))
-        mode = draw(st.sampled_from(["enforce", "enforce", "shadow"]))
-        made.append(
-            load_text(
-                f"apiVersion: kvpilot.dev/v1alpha1\nkind: Policy\nmetadata: {{name: p{number}}}\nspec:\n"
-                f"  mode: {mode}\n  priority: {priority}\n{limits}{missing}"
-                "  inputs: {a: {signal: requests_waiting}, b: {signal: requests_running}}\n"
-                f"  rules:\n{body}\n"
-            )
-        )
-    return made
+def is_gone(value: object) -> bool:
+    return isinstance(value, Missing) or (isinstance(value, float) and math.isnan(value))
 
 
-@dataclass(frozen=True)
-class Moment:
-    """What a tick is given from outside."""
-
-    a: Reading
-    b: Reading
-    armed: bool
-    off: bool
-    ordered: bool
-    gap_ns: int
+def is_fallback(policy: Policy, rule: Rule, claim: Claim) -> bool:
+    action, wish = rule.action_on(claim.knob, claim.scope), policy.fallback.get(claim.knob)
+    assert action is not None
+    return wish is not None and place(wish, action, KNOBS[claim.knob]).value == claim.value
 
 
-readings = st.sampled_from([0.0, 4.0, 6.0, 9.0]) | st.just(Missing("no_samples"))
-moments = st.builds(
-    Moment, readings, readings, st.sampled_from([True] * 9 + [False]), st.sampled_from([False] * 19 + [True]),
-    st.sampled_from([False] * 4 + [True]), st.sampled_from([TICK_NS] * 5 + [7 * TICK_NS]),
-)  # fmt: skip
+def ends_probe(old: RuleState | None, claim: Claim) -> bool:
+    return old is not None and old.choosing.until_ns is not None and claim.value == old.choosing.back
 
 
-@st.composite
-def series(draw: st.DrawFn) -> list[Moment]:
-    """Stretches of sameness, so that rules get as far as acting."""
-    stretches = draw(st.lists(st.tuples(moments, st.integers(1, 15)), min_size=1, max_size=8))
-    return list(itertools.chain.from_iterable([moment] * length for moment, length in stretches))
+# No knob leaves its bounds or the manifest's.
 
 
-def fly(made: list[Policy], flight: list[Moment]) -> list[tuple[Context, Moment, State, Outcome]]:
-    """Each tick with the state before it. The engine obeys at the next tick."""
-    state, values, now_ns, ticks = State(), {}, 0, []
-    for moment in flight:
-        now_ns += moment.gap_ns
-        order = Override("prefill_chunk_tokens", ALL, 77, now_ns + 1, "why", "ada")
-        context = Context(
-            now_ns, KNOBS, values, {}, moment.armed, moment.off, (order,) if moment.ordered else ()
-        )
-        inputs = {(one.name, name): getattr(moment, name) for one in made for name in ("a", "b")}
-        outcome = evaluate(made, state, inputs, context)
-        ticks.append((context, moment, state, outcome))
-        state = outcome.state
-        values = {(lease.knob, lease.scope): lease.value for lease in outcome.leases}
-    return ticks
+@flights
+@given(policies(), series())
+def test_no_knob_leaves_its_bounds_or_the_manifests(made: list[Policy], flight: list[Moment]) -> None:
+    known = by_key(made)
+    for flown in fly(made, flight):
+        for key, state in flown.outcome.state.rules.items():
+            for claim in state.claims:
+                action = known[key][1].action_on(claim.knob, claim.scope)
+                assert action is not None
+                is_on_grid(KNOBS[claim.knob], claim.value)
+                if representable(action, KNOBS[claim.knob]):
+                    assert action.minimum <= claim.value <= action.maximum
+        for lease in (*flown.outcome.leases, *flown.outcome.shadow):
+            is_on_grid(KNOBS[lease.knob], lease.value)
 
 
-def by_key(made: list[Policy]) -> dict[tuple[str, str], tuple[Policy, Rule]]:
-    return {(one.name, rule.name): (one, rule) for one in made for rule in one.rules}
-
-
-def claims_of(state: RuleState | None) -> dict[tuple[str, Scope], float]:
-    return {} if state is None else {(claim.knob, claim.scope): claim.value for claim in state.claims}
+def is_on_grid(knob: ManifestKnob, value: float) -> None:
+    assert knob.minimum <= value <= knob.maximum
+    assert knob.snap(value) == value
 
 
 def representable(action: Action, knob: ManifestKnob) -> bool:
@@ -165,45 +144,118 @@ def representable(action: Action, knob: ManifestKnob) -> bool:
     )
 
 
-@settings(max_examples=100, deadline=None)
+# No rule changes a knob more often than cooldown and limits allow.
+
+
+@flights
 @given(policies(), series())
-def test_what_holds_at_every_tick(made: list[Policy], flight: list[Moment]) -> None:
+def test_cooldown_and_limits_hold(made: list[Policy], flight: list[Moment]) -> None:
     known = by_key(made)
-    stepped_ns: dict[tuple[str, str], int] = {}
-    steps: dict[tuple[str, bool], list[int]] = defaultdict(list)
-    for context, moment, before, outcome in fly(made, flight):
-        claims_and_leases_agree(known, outcome)
-        for key, state in outcome.state.rules.items():
+    changed_ns: dict[tuple[Key, bool], int] = {}
+    spent: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for flown in fly(made, flight):
+        now_ns = flown.context.now_ns
+        for key, state in flown.outcome.state.rules.items():
             policy, rule = known[key]
-            old = before.rules.get(key)
-            values_are_in_bounds(rule, state)
-            no_act_on_a_missing_input(rule, moment, old, state)
-            changed = changes(rule, old, state)
-            if changed:
-                assert context.now_ns - stepped_ns.get(key, -(10**18)) >= rule.cooldown_ns
-                stepped_ns[key] = context.now_ns
-                if not rule.protective:
-                    steps[policy.name, state.shadow] += [context.now_ns] * changed
-            if state.phase is Phase.INACTIVE:
-                assert all(claim.recover_at_ns is not None for claim in state.claims)
+            old = before(flown, key)
+            taken, probes = steps(rule, old, state)
+            if taken:
+                assert now_ns - changed_ns.get((key, state.shadow), -(10**18)) >= rule.cooldown_ns
+                assert all(claim.overruled_by is None for claim in was_stepped(rule, old, state))
+            if taken or comes_to_an_end(rule, old, state):
+                changed_ns[key, state.shadow] = now_ns
+            if not rule.protective:
+                spent[policy.name, state.shadow] += [now_ns] * (taken + 2 * probes)
         for policy in made:
             if policy.limits is not None:
                 for shadow in (False, True):
-                    recent = [
-                        at for at in steps[policy.name, shadow] if context.now_ns - at < policy.limits.per_ns
-                    ]
+                    recent = [at for at in spent[policy.name, shadow] if now_ns - at < policy.limits.per_ns]
                     assert len(recent) <= policy.limits.max_changes
-        if moment.off:
-            assert outcome.leases == ()
 
 
-def claims_and_leases_agree(known: dict[tuple[str, str], tuple[Policy, Rule]], outcome: Outcome) -> None:
+def steps(rule: Rule, old: RuleState | None, state: RuleState) -> tuple[int, int]:
+    """(claims made or moved, probes begun); not recovery, nor following, nor the end of a probe."""
+    if state.choosing.until_ns is not None and (old is None or old.choosing.until_ns is None):
+        return 0, 1
+    return len(was_stepped(rule, old, state)), 0
+
+
+def was_stepped(rule: Rule, old: RuleState | None, state: RuleState) -> list[Claim]:
+    """Claims that were made or moved, as they were before where there was one."""
+    was, stepped = claims_of(old), []
+    for target, claim in claims_of(state).items():
+        action = rule.action_on(*target)
+        assert action is not None
+        earlier = was.get(target)
+        follows = action.tracks and state.missing_since_ns is None
+        if claim.recover_at_ns is not None or ends_probe(old, claim):
+            continue
+        if earlier is None:
+            stepped.append(Claim(*target, claim.value))
+        elif earlier.value != claim.value and not follows:
+            stepped.append(earlier)
+    return stepped
+
+
+def comes_to_an_end(rule: Rule, old: RuleState | None, state: RuleState) -> bool:
+    """Of a rule whose value moves all the time, cooldown slows its going as well as its coming."""
+    follows = any(action.tracks for action in rule.actions)
+    return follows and old is not None and not asks_when(old.phase) and state.phase is Phase.INACTIVE
+
+
+# With every rule inactive and every recover finished all knobs are at baseline.
+
+
+@settings(flights, max_examples=15)
+@given(policies(), series())
+def test_calm_ends_at_baseline(made: list[Policy], flight: list[Moment]) -> None:
+    """Without a lease, unless a choosing rule holds baseline, as it does against another rule's claim."""
+    known = by_key(made)
+    final = fly(made, [*flight, *[CALM] * 260])[-1].outcome
+    for key, state in final.state.rules.items():
+        assert state.phase is Phase.INACTIVE or known[key][1].choose is not None
+        assert all(claim.value == KNOBS[claim.knob].baseline for claim in state.claims)
+    for lease in (*final.leases, *final.shadow):
+        assert known[lease.policy, lease.rule][1].choose is not None
+        assert lease.value == KNOBS[lease.knob].baseline
+
+
+@flights
+@given(policies(), series())
+def test_inactive_rules_only_walk_home(made: list[Policy], flight: list[Moment]) -> None:
+    """Or stand in: for a rule that is blind, for a signal that is probed."""
+    for flown in fly(made, flight):
+        for key, state in flown.outcome.state.rules.items():
+            if state.phase is Phase.INACTIVE and state.missing_since_ns is None:
+                probing = state.choosing.until_ns is not None
+                assert all(claim.recover_at_ns is not None or probing for claim in state.claims)
+            old = claims_of(before(flown, key))
+            for target, claim in claims_of(state).items():
+                if claim.recover_at_ns is not None and target in old:
+                    home = KNOBS[claim.knob].baseline
+                    assert abs(claim.value - home) <= abs(old[target].value - home)
+
+
+# Claims and leases agree at every tick.
+
+
+@flights
+@given(policies(), series())
+def test_claims_and_leases_agree(made: list[Policy], flight: list[Moment]) -> None:
+    known = by_key(made)
+    for flown in fly(made, flight):
+        agree(known, flown.outcome)
+        assert {decision.verdict for decision in flown.outcome.decisions} <= VERDICTS.keys() - {*FROM_ECHOES}
+        if flown.moment.off:
+            assert flown.outcome.leases == ()
+
+
+def agree(known: dict[Key, tuple[Policy, Rule]], outcome: Outcome) -> None:
     """Every real claim's target is leased at some claim's value, and there is no other lease."""
-    values: dict[tuple[str, Scope], list[tuple[str, str, float]]] = defaultdict(list)
+    values: dict[Target, list[tuple[str, str, float]]] = defaultdict(list)
     for (policy, rule), state in outcome.state.rules.items():
         for claim in () if state.shadow else state.claims:
-            if claim.knob in KNOBS:
-                values[claim.knob, claim.scope].append((policy, rule, claim.value))
+            values[claim.knob, claim.scope].append((policy, rule, claim.value))
     ordered = {(lease.knob, lease.scope) for lease in outcome.leases if lease.policy == OVERRIDE}
     leased = {(lease.knob, lease.scope) for lease in outcome.leases}
     assert len(leased) == len(outcome.leases)
@@ -212,68 +264,21 @@ def claims_and_leases_agree(known: dict[tuple[str, str], tuple[Policy, Rule]], o
     }
     assert leased == (set(values) - covered) | ordered
     for lease in outcome.leases:
-        knob = KNOBS[lease.knob]
-        assert knob.minimum <= lease.value <= knob.maximum
-        assert knob.snap(lease.value) == lease.value
         if lease.policy != OVERRIDE:
             mine = [v for p, r, v in values[lease.knob, lease.scope] if (p, r) == (lease.policy, lease.rule)]
             limit = known[lease.policy, lease.rule][1].protective
-            assert lease.value in mine or (limit and lease.value == knob.baseline)
+            assert lease.value in mine or (limit and lease.value == KNOBS[lease.knob].baseline)
+    holds = {(lease.knob, lease.scope): lease for lease in outcome.leases}
+    for (policy, rule), state in outcome.state.rules.items():
+        for target, claim in claims_of(state).items():
+            if state.shadow or claim.overruled_by is not None:
+                continue
+            assert target not in covered - ordered
+            mine = holds[target].value == claim.value
+            assert mine or known[policy, rule][1].protective, "whoever is not overruled has its way"
 
 
-def values_are_in_bounds(rule: Rule, state: RuleState) -> None:
-    for claim in state.claims:
-        knob = KNOBS[claim.knob]
-        action = next(a for a in rule.actions if (a.knob, a.scope) == (claim.knob, claim.scope))
-        assert knob.minimum <= claim.value <= knob.maximum
-        assert knob.snap(claim.value) == claim.value
-        if representable(action, knob):
-            assert action.minimum <= claim.value <= action.maximum
-
-
-def no_act_on_a_missing_input(rule: Rule, moment: Moment, old: RuleState | None, state: RuleState) -> None:
-    """Where what the phase consults is missing, claims can only stay as they are or go."""
-    entering = old is None or asks_when(old.phase) or old.shadow != state.shadow
-    condition = rule.when if entering or rule.until is None else rule.until
-    expressions = [condition, *(a.amount for a in rule.actions if isinstance(a.amount, Expression))]
-    names = {name for expression in expressions for name in expression.names}
-    if any(isinstance(getattr(moment, name), Missing) for name in names):
-        was = claims_of(old)
-        assert all(was.get(target) == value for target, value in claims_of(state).items())
-        assert not (entering and state.phase is not Phase.INACTIVE)
-
-
-def changes(rule: Rule, old: RuleState | None, state: RuleState) -> int:
-    """Steps taken: claims made, and values moved while active by anything but following an expression."""
-    if state.phase is not Phase.ACTIVE:
-        return 0
-    was = claims_of(old) if old is not None and old.shadow == state.shadow else {}
-    tracking = {(action.knob, action.scope) for action in rule.actions if action.tracks}
-    return sum(
-        target not in was or (was[target] != value and target not in tracking)
-        for target, value in claims_of(state).items()
-    )
-
-
-@settings(max_examples=30, deadline=None)
-@given(policies(), series())
-def test_calm_ends_at_baseline(made: list[Policy], flight: list[Moment]) -> None:
-    """Every rule inactive and recovery finished: no claim, so no lease."""
-    calm = Moment(0.0, 0.0, True, False, False, TICK_NS)
-    final = fly(made, [*flight, *[calm] * 400])[-1][3]
-    assert all(state.phase is Phase.INACTIVE and not state.claims for state in final.state.rules.values())
-    assert final.leases == ()
-
-
-@settings(max_examples=60, deadline=None)
-@given(policies(), series(), st.randoms(use_true_random=False))
-def test_the_same_series_twice_in_any_order_of_policies(
-    made: list[Policy], flight: list[Moment], random
-) -> None:
-    shuffled = [*made]
-    random.shuffle(shuffled)
-    assert [tick[3] for tick in fly(made, flight)] == [tick[3] for tick in fly(shuffled, flight)]
-
+# Arbitration is total and independent of order.
 
 bids = st.builds(
     Bid,
@@ -321,3 +326,89 @@ def test_a_person_is_never_overruled(given_bids: list[Bid]) -> None:
     ruling = arbitrate(given_bids, KNOBS, [order])
     shed = [lease for lease in ruling.leases.values() if lease.knob == "shed_fraction"]
     assert [(lease.policy, lease.value) for lease in shed] == [(OVERRIDE, 0.0)]
+
+
+# Reload keeps, clamps or withdraws exactly as written.
+
+
+@flights
+@given(policies(), series(), policy_texts("p0"), st.data())
+def test_reload(made: list[Policy], flight: list[Moment], other: str, data: st.DataObject) -> None:
+    """After a flight one policy gets another text, one goes, one stays; the tick after is calm."""
+    flown = fly(made, flight)[-1]
+    state, now_ns = flown.outcome.state, flown.context.now_ns
+    kept = [policy for policy in made[1:] if data.draw(st.booleans())]
+    (swapped,) = fly([load_text(other), *kept], [CALM], state, now_ns)
+    (unchanged,) = fly(made, [CALM], state, now_ns)
+    for policy in kept:
+        for rule in policy.rules:
+            key = (policy.name, rule.name)
+            assert without_rivals(swapped, key) == without_rivals(unchanged, key), "unchanged keeps its state"
+    present = by_key([load_text(other), *kept])
+    assert swapped.outcome.state.rules.keys() <= present.keys()
+    for key, old in state.rules.items():
+        if key not in present:
+            assert withdrawn(swapped, key) == set(claims_of(old)), "removed: withdrawn"
+        elif key[0] == "p0" and old.identity != present[key][1].identity:
+            is_changed(present[key][1], old, swapped, key)
+
+
+def without_rivals(flown: Flown, key: Key) -> RuleState:
+    state = flown.outcome.state.rules[key]
+    return replace(state, claims=tuple(replace(claim, overruled_by=None) for claim in state.claims))
+
+
+def withdrawn(flown: Flown, key: Key) -> set[Target]:
+    mine = [d for d in flown.outcome.decisions if (d.policy, d.rule) == key]
+    return {(d.knob, d.scope) for d in mine if d.after is None and d.before is not None}
+
+
+def is_changed(rule: Rule, old: RuleState, flown: Flown, key: Key) -> None:
+    """Inactive; what the new text walks home is clamped and begins to, the rest is withdrawn."""
+    new, now_ns = flown.outcome.state.rules[key], flown.context.now_ns
+    if rule.choose is not None:
+        # It has no `recover`, and may choose at once.
+        assert withdrawn(flown, key) == set(claims_of(old))
+        return
+    assert asks_when(new.phase)
+    if old.shadow is not new.shadow:
+        assert new.claims == ()
+        assert withdrawn(flown, key) == set(claims_of(old))
+        return
+    expected = {}
+    for target, claim in claims_of(old).items():
+        action, recover = rule.action_on(*target), rule.recover_of(*target)
+        if action is not None and recover is not None:
+            value = place(claim.value, action, KNOBS[claim.knob]).value
+            expected[target] = (value, now_ns + recover.every_ns)
+    found = {target: (claim.value, claim.recover_at_ns) for target, claim in claims_of(new).items()}
+    assert found == expected
+    assert withdrawn(flown, key) == claims_of(old).keys() - expected.keys()
+
+
+# The same series twice gives the same decisions.
+
+
+@flights
+@given(policies(), series(), st.randoms(use_true_random=False))
+def test_the_same_series_twice_in_any_order_of_policies(
+    made: list[Policy], flight: list[Moment], random
+) -> None:
+    again = [load_text_of(policy) for policy in made]
+    random.shuffle(again)
+    assert [flown.outcome for flown in fly(made, flight)] == [flown.outcome for flown in fly(again, flight)]
+
+
+def load_text_of(policy: Policy) -> Policy:
+    """The same policy as another object: nothing may hang on which."""
+    return replace(policy, rules=tuple(replace(rule) for rule in policy.rules), inputs=dict(policy.inputs))
+
+
+@flights
+@given(policies(), series(), st.integers(1, 30))
+def test_a_flight_goes_on_from_its_state_alone(made: list[Policy], flight: list[Moment], cut: int) -> None:
+    """Nothing is remembered anywhere else: cut in two, it is the same flight."""
+    whole = [flown.outcome for flown in fly(made, flight)]
+    first = fly(made, flight[:cut])
+    rest = fly(made, flight[cut:], first[-1].outcome.state, first[-1].context.now_ns)
+    assert [flown.outcome for flown in (*first, *rest)] == whole

@@ -38,3 +38,25 @@ def test_any_text(text: str) -> None:
         assert parse_series(text)
     except SeriesError as error:
         assert 0 <= error.offset <= len(text)  # noqa: PT017
+
+
+@given(st.lists(st.sampled_from(["1+2x3", "_", "_x3", "stale", "5", "_x0", "2-1x2"]), min_size=1, max_size=8))
+def test_a_sample_by_its_place_is_the_one_that_was_written(items: list[str]) -> None:
+    written = {
+        "1+2x3": [1, 3, 5, 7], "_": [NOTHING], "_x3": [NOTHING] * 3, "stale": [STALE], "5": [5], "_x0": [],
+        "2-1x2": [2, 1, 0],
+    }  # fmt: skip
+    expected = [sample for item in items for sample in written[item]]
+    if not expected:
+        return
+    series = parse_series(" ".join(items))
+    assert len(series) == len(expected)
+    assert [series[i] for i in range(len(series))] == list(series) == series[:] == expected
+    assert series[-1] == expected[-1]
+    with pytest.raises(IndexError):
+        series[len(series)]
+
+
+def test_many_samples_cost_what_was_written() -> None:
+    many = [parse_series(f"{i}x{MAX_SAMPLES - 1}") for i in range(10_000)]
+    assert many[7][MAX_SAMPLES - 1] == 7
