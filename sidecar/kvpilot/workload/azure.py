@@ -115,8 +115,10 @@ def scale(
         picked.append(TraceRow(span_s, prompt, output))
         needed_s -= speed.seconds(prompt, output)
         at, previous_s = (at + 1) % len(rows), row.at_s
-    squeeze = seconds / (span_s + mean_gap_s) if span_s + mean_gap_s > 0 else 0.0
-    return [_arrival(row, row.at_s * squeeze, classes, rng) for row in picked]
+    whole_s = span_s + mean_gap_s
+    # A share first: `seconds / whole_s` is infinite where the trace's gaps are next to nothing.
+    shares = [row.at_s / whole_s if whole_s > 0 else 0.0 for row in picked]
+    return [_arrival(row, seconds * share, classes, rng) for row, share in zip(picked, shares, strict=True)]
 
 
 def _length_factor(rows: Sequence[TraceRow], max_tokens: int) -> float:

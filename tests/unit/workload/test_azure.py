@@ -92,6 +92,11 @@ def test_a_scaled_run_holds_its_load_and_fits_the_model(
     assert {a.klass for a in arrivals} <= {mix.name for mix in CLASSES}
 
 
+def test_gaps_next_to_nothing_are_still_pressed_into_the_seconds() -> None:
+    arrivals = scale([TraceRow(5e-324, 0, 0)], 0, 5.0, 1.0, SPEED, 64)
+    assert all(0 <= a.at_s <= 5.0 for a in arrivals)
+
+
 def test_the_shape_of_a_burst_survives() -> None:
     """Ten requests in a second, then nothing for nine, again and again: so it stays, whatever the speed."""
     trace = [TraceRow(10.0 * (i // 10) + 0.1 * (i % 10), 1000, 100) for i in range(1000)]
