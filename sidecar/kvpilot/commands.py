@@ -6,9 +6,14 @@ Exit codes: 0 done, 1 something is wrong with what was given or found (one line 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+
+from kvpilot import policy_commands
+
+if TYPE_CHECKING:
+    from kvpilot.whereabouts import Whereabouts
 
 app = typer.Typer(
     help="Keeps LLM inference engines out of memory and latency trouble.",
@@ -20,8 +25,18 @@ app = typer.Typer(
 Configuration = Annotated[
     Path, typer.Option("--config", "-c", help="The configuration file.", show_default=True)
 ]
-Paths = Annotated[list[Path], typer.Argument(help="Policy files, or directories of them.")]
 Why = Annotated[str, typer.Option("--why", help="The reason; it is journalled.")]
+AnEngine = Annotated[
+    str | None, typer.Option("--engine", help="The engine's name in the link's directories.")
+]
+Telemetry = Annotated[
+    Path | None,
+    typer.Option("--telemetry", help="The link's telemetry directory, with --engine: no configuration."),
+]
+ARank = Annotated[int | None, typer.Option("--rank", min=0, help="Which data-parallel rank; 0 if left out.")]
+MaybeConfiguration = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The configuration file; kvpilot.yaml if it is there.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")]
 DEFAULT_CONFIG = Path("kvpilot.yaml")
 
@@ -50,31 +65,12 @@ def run(config: Configuration = DEFAULT_CONFIG) -> None:
         sys.exit(str(error))  # A line for each mistake, as file:line:column where there is one.
 
 
-@app.command()
-def check(paths: Paths) -> None:
-    """Every mistake in every policy file, as file:line:column: message."""
-    from kvpilot.policy.load import policy_files
-    from kvpilot.policy.testing import check as check_policies
-
-    problems = check_policies(paths)
-    for problem in problems:
-        typer.echo(problem)
-    if problems:
-        raise typer.Exit(1)
-    count = len(policy_files(paths))
-    typer.echo(f"{count} file{'' if count == 1 else 's'}, no mistakes")
-
-
-@app.command()
-def test(paths: Paths) -> None:
-    """Run the tests of policy files, in virtual time."""
-    from kvpilot.policy.testing import run_tests
-
-    report = run_tests(paths)
-    for line in report.lines():
-        typer.echo(line)
-    if not report.passed:
-        raise typer.Exit(1)
+app.command()(policy_commands.check)
+app.command("test")(policy_commands.run_tests)
+app.command()(policy_commands.explain)
+app.command()(policy_commands.schema)
+app.command()(policy_commands.signals)
+app.command()(policy_commands.knobs)
 
 
 @app.command()
@@ -152,6 +148,145 @@ def demo(
             raise
         _fail(f"{error.name} is not installed: pip install 'kvpilot[sidecar,engine]'")
     main(seconds=seconds, seed=seed, scenario=scenario, trace=trace, serve=serve, as_json=as_json)
+
+
+@app.command()
+def engines(
+    config: MaybeConfiguration = None,
+    telemetry: Telemetry = None,
+    engine: AnEngine = None,
+    as_json: AsJson = False,
+) -> None:
+    """What engines let kvpilot see and move: those it knows, or those that run beside you."""
+    import json
+
+    from rich.console import Console
+
+    from kvpilot.adapters.capabilities import ranks_seen, valves_seen
+    from kvpilot.adapters.known_engines import KNOWN
+    from kvpilot.config import ConfigError
+    from kvpilot.publish.capabilities import known_json, ranks_json, render_known, render_ranks
+
+    if config is None and telemetry is None and engine is None:
+        known = list(KNOWN.values())
+        if as_json:
+            typer.echo(json.dumps(known_json(known)))
+        else:
+            Console().print(render_known(known))
+        return
+    try:
+        place = _whereabouts(config, telemetry, engine, None).place
+    except ConfigError as error:
+        sys.exit(str(error))
+    ranks, problems = ranks_seen(place)
+    for problem in problems:
+        typer.echo(f"kvpilot: {problem}", err=True)
+    if not ranks:
+        _fail(f"{place.telemetry}: no engine {place.engine} has written here")
+    if as_json:
+        typer.echo(json.dumps(ranks_json(place.engine, ranks, valves_seen(place))))
+    else:
+        Console().print(render_ranks(place.engine, ranks, valves_seen(place)))
+
+
+incident = typer.Typer(
+    help="What an engine did last, how it ended, and what was decided for it.", no_args_is_help=True
+)
+app.add_typer(incident, name="incident")
+
+
+@incident.command("show")
+def incident_show(
+    page: Annotated[
+        Path | None,
+        typer.Argument(help="A telemetry page, a copy perhaps, instead of the newest that ended."),
+    ] = None,
+    start: Annotated[str | None, typer.Option(help="The start with this nonce, or its first digits.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="The engine that lives, so far.")] = False,
+    seconds: Annotated[float, typer.Option(min=1, help="How much of the end the timeline shows.")] = 60.0,
+    journal: Annotated[Path | None, typer.Option(help="The pilot's journal, if it lies elsewhere.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every step to this file.")] = None,
+    config: MaybeConfiguration = None,
+    telemetry: Telemetry = None,
+    engine: AnEngine = None,
+    rank: ARank = None,
+    as_json: AsJson = False,
+) -> None:
+    """The last 16,384 steps of an engine that is gone: verdict, evidence, timeline, decisions."""
+    import json
+
+    from kvpilot.config import ConfigError
+    from kvpilot.incident.case import IncidentError, open_file, open_kept
+    from kvpilot.incident.export import as_json as plain
+    from kvpilot.incident.export import write_csv
+
+    try:
+        if page is not None:
+            case = open_file(page, journal)
+        else:
+            at = _whereabouts(config, telemetry, engine, rank)
+            case = open_kept(at.place, at.rank, journal or at.journal, start, live)
+        if csv is not None:
+            with csv.open("w", newline="") as file:
+                write_csv(case, file)
+    except ConfigError as error:
+        sys.exit(str(error))
+    except (IncidentError, OSError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps(plain(case, seconds)))
+        return
+    from rich.console import Console
+
+    from kvpilot.incident.terminal import render
+
+    Console().print(render(case, seconds), soft_wrap=False)
+
+
+@incident.command("list")
+def incident_list(
+    config: MaybeConfiguration = None,
+    telemetry: Telemetry = None,
+    engine: AnEngine = None,
+    rank: ARank = None,
+    as_json: AsJson = False,
+) -> None:
+    """The starts of one rank whose pages are kept, newest first, and how each ended."""
+    import json
+
+    from kvpilot.config import ConfigError
+    from kvpilot.incident.export import page_json
+    from kvpilot.incident.kept import kept_pages
+    from kvpilot.link.page import LinkError
+
+    try:
+        at = _whereabouts(config, telemetry, engine, rank)
+        directory = at.place.telemetry_directory(at.rank)
+        pages = kept_pages(directory, at.place.uids)
+    except ConfigError as error:
+        sys.exit(str(error))
+    except LinkError as error:
+        _fail(error)
+    if not pages:
+        _fail(f"{directory}: no engine has written here")
+    if as_json:
+        typer.echo(json.dumps([page_json(page) for page in pages]))
+        return
+    from rich.console import Console
+
+    from kvpilot.incident.terminal import render_list
+
+    Console().print(render_list(pages))
+
+
+def _whereabouts(
+    config: Path | None, telemetry: Path | None, engine: str | None, rank: int | None
+) -> "Whereabouts":
+    import os
+
+    from kvpilot.whereabouts import whereabouts
+
+    return whereabouts(config, telemetry, engine, os.environ, rank)
 
 
 def _ask(config: Path, order: Mapping[str, Any]) -> dict[str, Any]:

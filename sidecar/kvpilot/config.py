@@ -4,8 +4,9 @@ Every mistake in the file is reported at once, one line each with file, line and
 relative to the file. Durations are seconds as a number, or `40ms`, `5s`, `2m`.
 """
 
+import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ from kvpilot.inside.callers import Callers, CallersError
 from kvpilot.policy.context import Slo
 from kvpilot.policy.quantity import parse_duration
 from kvpilot.policy.source import Problem, Source
+
+MOST_RANKS = 1_024
 
 RESERVED_CLASS_NAMES = ("itl", "ttft", "lowest")
 """`slo.itl` and `slo.ttft` are the tightest over classes, `slo.lowest` is the lowest class: no class may take
@@ -90,8 +93,14 @@ class Config(_Model):
     """The whole file."""
 
     engine: EngineLink = EngineLink()
+    rank: int = Field(default=0, ge=0, lt=MOST_RANKS)
+    """Which data-parallel rank of the engine this pilot flies: one pilot for each."""
+    valve: bool | None = None
+    """Whether this pilot flies the valves, which all ranks share. Left out: rank 0's does."""
     classes: tuple[ClassSlo, ...] = Field(min_length=1, max_length=8)
     policies: File | None = None
+    shadow: bool = False
+    """Rules only say what they would do: the pilot touches nothing, whatever `mode` policies have."""
     callers: File | None = None
     arm: Arm = Arm()
     receivers: tuple[Receiver, ...] = ()
@@ -102,6 +111,10 @@ class Config(_Model):
     @property
     def engine_name(self) -> str:
         return self.engine.name or ""
+
+    @property
+    def flies_valves(self) -> bool:
+        return self.rank == 0 if self.valve is None else self.valve
 
     @property
     def slo(self) -> Slo:
@@ -130,7 +143,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
     try:
         config = Config.model_validate(_tuples(data))
     except ValidationError as error:
-        raise _errors([_problem(source, item) for item in error.errors()]) from None
+        raise _errors(_problems(source, error.errors())) from None
     config = _completed(config, path.parent, environ)
     problems = _check(config, source)
     if problems:
@@ -142,10 +155,10 @@ def _completed(config: Config, base: Path, environ: Mapping[str, str]) -> Config
     """Relative paths resolved, and defaults that depend on the environment."""
     engine = config.engine
     name = engine.name or environ.get("KVPILOT_ENGINE") or "engine"
+    own = f"{name}-{config.rank}" if config.rank else name
     telemetry = engine.telemetry or _from_environment(environ, "KVPILOT_TELEMETRY")
     controls = engine.controls or _from_environment(environ, "KVPILOT_CONTROLS")
     runtime = Path(environ.get("XDG_RUNTIME_DIR") or f"/tmp/kvpilot-{os.getuid()}") / "kvpilot"
-    state = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "kvpilot"
     return config.model_copy(
         update={
             "engine": EngineLink(
@@ -155,10 +168,18 @@ def _completed(config: Config, base: Path, environ: Mapping[str, str]) -> Config
             ),
             "policies": base / config.policies if config.policies else None,
             "callers": base / config.callers if config.callers else None,
-            "journal": base / config.journal if config.journal else state / f"{name}.sqlite",
-            "socket": base / config.socket if config.socket else runtime / f"{name}.sock",
+            "journal": base / config.journal
+            if config.journal
+            else default_journal(name, config.rank, environ),
+            "socket": base / config.socket if config.socket else runtime / f"{own}.sock",
         }
     )
+
+
+def default_journal(engine: str, rank: int, environ: Mapping[str, str]) -> Path:
+    """Where the journal of a pilot lies that was told nothing else."""
+    state = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "kvpilot"
+    return state / (f"{engine}-{rank}.sqlite" if rank else f"{engine}.sqlite")
 
 
 def _from_environment(environ: Mapping[str, str], name: str) -> Path | None:
@@ -224,10 +245,35 @@ def _tuples(value: Any) -> Any:
 
 
 _MESSAGES = {
-    "extra_forbidden": "unknown key '{key}' (known: {known})",
+    "extra_forbidden": "unknown key '{key}' ({hint}known: {known})",
     "missing": "'{key}' is missing",
     "string_pattern_mismatch": "not a name: letters, digits, '-', '_' and '.'",
 }
+_KINDS = {
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "dict_type": "a mapping",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "is_instance_of": "text",
+}
+"""What a value of another kind should have been, as YAML's writer knows it."""
+_SIZES = {
+    "too_short": "should have at least {min_length}",
+    "too_long": "should have at most {max_length}",
+    "string_too_short": "should not be empty",
+}
+
+
+def _problems(source: Source, errors: Sequence[Any]) -> list[Problem]:
+    """A list counts an item that is wrong as none: too few are said of a list whose items are in order."""
+    paths = [error["loc"] for error in errors]
+    return [
+        _problem(source, error)
+        for error, path in zip(errors, paths, strict=True)
+        if error["type"] != "too_short" or not any(other[:-1][: len(path)] == path for other in paths)
+    ]
 
 
 def _problem(source: Source, error: Any) -> Problem:
@@ -236,11 +282,22 @@ def _problem(source: Source, error: Any) -> Problem:
     if kind == "value_error":
         return source.at(path, f"{path[-1]}: {error['ctx']['error']}")
     if kind in _MESSAGES:
-        known = ", ".join(_known_keys(path[:-1]))
-        message = _MESSAGES[kind].format(key=path[-1], known=known)
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.6)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        message = _MESSAGES[kind].format(key=path[-1], known=", ".join(known), hint=hint)
         return source.at(path, message, key=kind == "extra_forbidden")
     message = error["msg"].replace("Input should be", "should be")
-    return source.at(path, f"{path[-1] if path else 'file'}: {message}")
+    if kind in _KINDS:
+        message = f"should be {_KINDS[kind]}"
+    elif kind in _SIZES:
+        message = _SIZES[kind].format(**error["ctx"])
+    return source.at(path, f"{_name_of(path)}: {message}")
+
+
+def _name_of(path: tuple[str | int, ...]) -> str:
+    """The key that a person wrote: of an item of a list, the list's."""
+    return str(next((part for part in reversed(path) if isinstance(part, str)), "file"))
 
 
 def _known_keys(path: tuple[str | int, ...]) -> list[str]:

@@ -10,10 +10,11 @@ from kvpilot.policy_directory import PolicyDirectory
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """`engine_name` labels whatever leaves this process."""
+    """`engine_name` labels whatever leaves this process, and `rank` where it is not 0."""
 
     engine_name: str
     pilot: Pilot
     directory: PolicyDirectory
     outbox: Outbox
     journal: JournalWriter
+    rank: int = 0

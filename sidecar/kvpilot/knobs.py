@@ -83,5 +83,23 @@ KNOBS: dict[str, Knob] = {
             True,
             "Share of arriving requests in scope that the valve answers with 429.",
         ),
+        Knob(
+            "admission_credits",
+            "tokens",
+            (0, 2**30),
+            "lower",
+            "valve",
+            True,
+            "Prompt tokens in scope that the valves accept until the pilot's next tick; the rest gets 429.",
+        ),
+        Knob(
+            "prompt_bytes_per_token",
+            "bytes",
+            (0.25, 1024),
+            "lower",
+            "valve",
+            False,
+            "Bytes of a request's body that cost one token of admission credits; the pilot measures it.",
+        ),
     )
 }

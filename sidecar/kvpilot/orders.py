@@ -36,7 +36,9 @@ class Off:
 
 
 class Orders:
-    """All orders in force. `add` journals them and must not wait; `off_file` is another way to say off."""
+    """All orders in force. `add` journals them and must not wait; `off_file` and `shadow` are other ways to
+    say off.
+    """
 
     def __init__(
         self,
@@ -45,11 +47,13 @@ class Orders:
         off_file: Path | None = None,
         overrides: Iterable[OverrideRecord] = (),
         switch: SwitchRecord | None = None,
+        shadow: bool = False,
     ) -> None:
         self._clock = clock
         self._add = add
         self._off_file = off_file
         self._switch = switch
+        self._shadow = shadow
         self._overrides: dict[tuple[str, Scope], Override] = {}
         for record in overrides:
             self._restore(record)
@@ -74,6 +78,8 @@ class Orders:
     @property
     def off(self) -> Off | None:
         """Who turned the pilot off and why; None while it may act."""
+        if self._shadow:
+            return Off("`shadow: true` in the configuration", "whoever wrote it")
         if self._off_file is not None and self._off_file.exists():
             return Off(f"the file {self._off_file}", "whoever made it")
         return Off(self._switch.why, self._switch.who) if self._switch and self._switch.off else None
@@ -112,6 +118,8 @@ class Orders:
             raise OrderError("off needs a reason: --why TEXT")
         self._switch = SwitchRecord(self._clock.wall_ns(), off, why, who)
         self._add(self._switch)
+        if not off and self._shadow:
+            raise OrderError("still off: remove `shadow: true` from the configuration and start again")
         if not off and self._off_file is not None and self._off_file.exists():
             raise OrderError(f"still off: remove the file {self._off_file}")
 

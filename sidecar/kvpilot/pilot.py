@@ -3,9 +3,11 @@
 `Pilot.tick` is the whole of it. Stages take plain values and return plain values; only observing, acting and
 publishing touch the world. Nothing in a tick waits for a disk, a network or a person.
 
-Invariants: every lease written is in the tick's outcome, or adopted and waiting for its rule; what is in
-neither is withdrawn in the same tick; a tick that fails renews nothing, and the engine is back at baseline
-one ttl later.
+Invariants: every lease written is in the tick's outcome, or adopted and waiting for its rule, or what the
+pilot itself measured of bytes per prompt token; what is in none of them is withdrawn in the same tick; a tick
+that fails renews nothing, and the engine is back at baseline one ttl later. A start of the engine inherits
+nothing from the one before: leases end with the start they were written for, and rules begin afresh. An
+engine that stalls or is wedged is left as it is: rules see its signals age, and then missing.
 """
 
 import logging
@@ -15,27 +17,28 @@ from dataclasses import dataclass, field
 from kvpilot.adapters.actuator import Actuator
 from kvpilot.adapters.adoption import Adopted, hand_over, renewed
 from kvpilot.adapters.engine import EngineAdapter, Sight
-from kvpilot.adapters.readings import available_blocks
+from kvpilot.adapters.offered import OfferedLoad
+from kvpilot.adapters.prompt_bytes import PromptBytes
+from kvpilot.adapters.valves import VALVE_KNOBS
 from kvpilot.adapters.windows import Key, Reading, Windows
+from kvpilot.alerts.watch import Change, EngineWatch, describe
 from kvpilot.clock import NS, Clock
 from kvpilot.config import Arm
-from kvpilot.forecast.exhaustion import KvExhaustion
+from kvpilot.forecast import outlook
+from kvpilot.forecast.forecaster import Forecaster
+from kvpilot.forecast.outlook import Outlook
 from kvpilot.journal.ledger import Ledger
-from kvpilot.link.manifest import ManifestKnob
 from kvpilot.orders import Orders
 from kvpilot.policy.context import Context, Slo
 from kvpilot.policy.evaluate import Inputs, evaluate
 from kvpilot.policy.expr import LOWEST
-from kvpilot.policy.outcome import Notice
-from kvpilot.policy.rules import PolicySet
+from kvpilot.policy.notice import Notice
+from kvpilot.policy.rules import TOP_TENANT, PolicySet
 from kvpilot.policy.state import State
 from kvpilot.publish.board import Board, Tick
 from kvpilot.signals import Missing
 
 TICK_NS = NS // 10
-EXHAUSTION: Key = ("forecast.kv_exhaustion_seconds", None)
-VALVE_KNOB = ManifestKnob("shed_fraction", "ratio", 0.0, 1.0, 0.0, 0.01, "valve")
-"""For engines that do not list it: a valve beside them has it all the same."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,17 +58,33 @@ class Pilot:
     notify: Callable[[Notice, int], None]
     take_over: Callable[[Sight], list[Adopted]]
     """Called once for each engine start: leases in force that this pilot goes on from."""
+    alarm: Callable[[Change, int], None]
+    """Called when an alarm of the engine fires or is over; must not wait."""
     policies: PolicySet = field(default_factory=lambda: PolicySet(()))
+    watch: EngineWatch = field(default_factory=EngineWatch)
     _state: State = field(default_factory=State)
     _windows: Windows = field(default_factory=Windows)
-    _exhaustion: KvExhaustion = field(default_factory=KvExhaustion)
+    _forecaster: Forecaster = field(init=False)
+    _prompt_bytes: PromptBytes = field(default_factory=PromptBytes)
     _adopted: list[Adopted] = field(default_factory=list)
+    _offered: OfferedLoad = field(default_factory=OfferedLoad)
+    _asks_for_top: bool = False
     _said: str | None = None
     _armed: bool | None = None
+
+    def __post_init__(self) -> None:
+        self._forecaster = Forecaster(self.slo)
 
     def use(self, policies: PolicySet) -> None:
         """Fly these policies from the next tick on; rules whose text is unchanged keep their state."""
         self.policies = policies
+        self.ledger.use(policies, self.slo, self.clock.wall_ns())
+        self._asks_for_top = any(
+            action.scope == TOP_TENANT
+            for policy in policies.policies
+            for rule in policy.rules
+            for action in rule.actions
+        )
         self._windows.require(spec for policy in policies.policies for spec in policy.inputs.values())
 
     def tick(self) -> Tick:
@@ -78,21 +97,28 @@ class Pilot:
         if sight.manifest is None:
             return self._publish(Tick(now_ns, wall_ns, sight, off=off), sight.readings)
         # forecast
-        readings = {**sight.readings, EXHAUSTION: self._forecast(sight)}
-        self._windows.take(readings)
+        ahead = self._forecast(sight)
+        readings = {**sight.readings, **_as_readings(ahead, sight.at_ns)}
+        gone = sight.liveness == "dead" or sight.before is not None
+        if gone:
+            # For one tick at least: what rules hold is given up before they see the next start.
+            self._windows.clear("restarted" if sight.before is not None else "too_old")
+        else:
+            self._windows.take(readings)
         inputs = self._inputs(now_ns)
+        # What was seen above can only be an echo of earlier ticks: it is judged before this one writes.
+        echoes = self.actuator.confirm(sight)
         # decide
-        context = self._context(sight, off is not None)
-        self._adopted, state = hand_over(self._adopted, self._state, self.policies, inputs, now_ns)
+        context = self._context(sight, ahead, off=gone or off is not None)
+        self._adopted, state = hand_over(self._adopted, self._state, self.policies, inputs, context)
         outcome = evaluate(self.policies, state, inputs, context)
         self._state = outcome.state
         if context.off:
             self._adopted = []
-        leases = renewed(self._adopted, outcome.leases)
-        # What was seen above can only be an echo of earlier ticks: it is judged before this one writes.
-        echoes = self.actuator.confirm(sight)
+        self._prompt_bytes.observe(sight)
+        leases = self._prompt_bytes.leases(renewed(self._adopted, outcome.leases))
         # act
-        numbers = self.ledger.record(outcome, sight.nonce, wall_ns)
+        numbers = self.ledger.record(outcome, sight.nonce, wall_ns, self._ages(now_ns))
         self.actuator.write(leases, numbers, sight.nonce, now_ns)
         self.ledger.count_changes(leases, context.knobs)
         # verify
@@ -101,7 +127,10 @@ class Pilot:
         for notice in outcome.notices:
             self.notify(notice, wall_ns)
         arming = None if context.armed else self._awaited(sight)
-        tick = Tick(now_ns, wall_ns, sight, context.armed, arming, off, inputs, context, outcome, leases)
+        tick = Tick(
+            *(now_ns, wall_ns, sight, context.armed, arming, off, inputs, context, outcome, leases),
+            bands=ahead.bands,
+        )
         self._say_armed(context.armed, arming)
         return self._publish(tick, readings)
 
@@ -111,13 +140,23 @@ class Pilot:
         if tick is not None and tick.sight.manifest is not None:
             self.actuator.write((), {}, tick.sight.nonce, self.clock.monotonic_ns())
 
+    def _ages(self, now_ns: int) -> Callable[[str, str], float | None]:
+        """How old inputs are: asked for what is journalled only."""
+        inputs = {policy.name: policy.inputs for policy in self.policies.policies}
+
+        def age(policy: str, name: str) -> float | None:
+            spec = inputs.get(policy, {}).get(name)
+            return None if spec is None else self._windows.age_s(spec, now_ns)
+
+        return age
+
     def _meet(self, sight: Sight, wall_ns: int) -> None:
         """Say once what is waited for, or who has come; another engine start means empty windows."""
         manifest = sight.manifest
         state = sight.waiting_for or f"engine {sight.nonce:016x} is {sight.liveness}"
         if manifest is not None and sight.restarted:
-            self._windows.clear("restarted")
-            self._exhaustion.clear()
+            self._forecaster.begin(manifest)
+            self.actuator.forget_engine()
             self._adopted = self.take_over(sight)
             if self._adopted:
                 self.ledger.inherit(each.wish for each in self._adopted)
@@ -125,6 +164,8 @@ class Pilot:
             model = (
                 f"{manifest.engine} {manifest.engine_version}, {manifest.model}, {manifest.blocks} KV blocks"
             )
+            if sight.before is not None:
+                model += f", after {sight.before.nonce:016x} {describe(sight.before)}"
             state = f"engine {sight.nonce:016x} is {sight.liveness}"
             _log.info("%s: %s; %d leases adopted", state, model, len(self._adopted))
             self.ledger.event(
@@ -132,9 +173,14 @@ class Pilot:
             )
             self._compare_classes(manifest.classes)
         elif state != self._said and (sight.waiting_for or sight.liveness in ("dead", "stalled", "wedged")):
-            _log.warning("waiting: %s", state) if sight.waiting_for else _log.warning("%s", state)
-            self.ledger.event("engine", state, wall_ns)
+            detail = f"{state}: it {describe(sight.ended)}" if sight.ended is not None else state
+            _log.warning("waiting: %s", detail) if sight.waiting_for else _log.warning("%s", detail)
+            self.ledger.event("engine", detail, wall_ns)
         self._said = state
+        for change in self.watch.observe(sight):
+            state = "fires" if change.firing else "is over"
+            self.ledger.event("alert", f"{change.alarm.name} {state}: {change.alarm.summary}", wall_ns)
+            self.alarm(change, wall_ns)
 
     def _compare_classes(self, engines: tuple[str, ...]) -> None:
         """Levels in scopes mean the engine's classes: other names mean that promises go to nobody."""
@@ -162,16 +208,16 @@ class Pilot:
             self._armed = armed
             _log.info("armed: rules act" if armed else f"arms {arming}; until then rules run shadowed")
 
-    def _forecast(self, sight: Sight) -> Reading | Missing:
-        """KV time to exhaustion, as a signal like any other."""
-        available = available_blocks(sight.record) if sight.record is not None else None
-        if available is None:
-            return Missing("not_provided" if sight.record else "no_samples")
-        silent = sight.liveness in ("dead", "stalled")
-        if not silent:
-            self._exhaustion.observe(sight.at_ns, available)
-        seconds = Missing("too_old") if silent else self._exhaustion.seconds(available)
-        return seconds if isinstance(seconds, Missing) else Reading(sight.at_ns, seconds)
+    def _forecast(self, sight: Sight) -> Outlook:
+        """What lies ahead; nothing is forecast for an engine that is silent with work on its hands."""
+        assert sight.manifest is not None
+        if sight.liveness in ("dead", "stalled"):
+            return outlook.missing("too_old", sight.manifest.classes)
+        counts = sight.valve.counts if sight.valve is not None else {}
+        admitted = {name: count for (what, name), count in counts.items() if what == "admitted" and name}
+        awaited = sight.valve.awaited if sight.valve is not None else None
+        self._forecaster.observe(sight.at_ns, sight.records, sight.rows, admitted, awaited)
+        return self._forecaster.look()
 
     def _inputs(self, now_ns: int) -> Inputs:
         return {
@@ -180,11 +226,12 @@ class Pilot:
             for name, spec in policy.inputs.items()
         }
 
-    def _context(self, sight: Sight, off: bool) -> Context:
+    def _context(self, sight: Sight, ahead: Outlook, off: bool) -> Context:
         assert sight.manifest is not None
         knobs = {knob.name: knob for knob in sight.manifest.knobs}
         if sight.valve is not None:
-            knobs.setdefault(VALVE_KNOB.name, VALVE_KNOB)
+            knobs = VALVE_KNOBS | knobs
+        knobs = {name: knob for name, knob in knobs.items() if self.actuator.moves(name)}
         finished = sight.record.get("finished_total") if sight.record is not None else None
         return Context(
             now_ns=sight.at_ns,
@@ -194,11 +241,24 @@ class Pilot:
             armed=sight.age_s >= self.arm.after and (finished or 0) >= self.arm.finished,
             off=off,
             overrides=self.orders.in_force(sight.at_ns),
+            forecasts=ahead.forecasts,
+            classes=sight.manifest.classes,
+            top_tenant=self.engine.top_tenant() if self._asks_for_top else None,
+            offered=self._offered.observe(sight),
+            unconfirmed=self.actuator.unconfirmed.keys(),
         )
 
     def _publish(self, tick: Tick, readings: dict[Key, Reading | Missing]) -> Tick:
         self.board.hang(tick, readings)
         return tick
+
+
+def _as_readings(ahead: Outlook, at_ns: int) -> dict[Key, Reading | Missing]:
+    """Forecasts, as signals like any other."""
+    return {
+        key: value if isinstance(value, Missing) else Reading(at_ns, value)
+        for key, value in ahead.signals.items()
+    }
 
 
 async def fly(pilot: Pilot, clock: Clock, stopping: Callable[[], bool]) -> None:

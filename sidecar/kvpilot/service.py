@@ -71,7 +71,7 @@ class Service:
             policies = directory.load()
             place = LinkPlace(config.engine.telemetry, config.engine.controls, name, trusted_uids(environ))
             # First: a second pilot must hear who flies already, not that its port is taken.
-            self._controls = Controls.open(place, clock)
+            self._controls = Controls.open(place, clock, config.rank, config.flies_valves)
             self._listening = self._listen(config)
             self._store = self._open_journal(config)
         except (PolicyErrors, LinkError, HttpError, JournalError) as error:
@@ -79,8 +79,10 @@ class Service:
         self._journal = JournalWriter(self._store)
         self._address = "{}:{}".format(*self._listening.getsockname()[:2])
         outbox = Outbox({each.name: each.url for each in config.receivers}, f"http://{self._address}")
-        self._herald = Herald(outbox, name)
-        self.flight = Flight(name, self._build_pilot(place, directory), directory, outbox, self._journal)
+        self._herald = Herald(outbox, name, config.rank)
+        self.flight = Flight(
+            name, self._build_pilot(place, directory), directory, outbox, self._journal, config.rank
+        )
         self._socket = OperatingSocket(self.flight, self._path_of_socket())
         self._stopping = False
         self._use(policies)
@@ -110,7 +112,7 @@ class Service:
         store, wall_ns = self._store, clock.wall_ns()
         return Pilot(
             clock=clock,
-            engine=EngineAdapter(LinkFiles(place), str(place.telemetry_directory(0))),
+            engine=EngineAdapter(LinkFiles(place, config.rank), str(place.telemetry_directory(config.rank))),
             # Beyond whatever an earlier pilot counted to, so that the first table is news to every reader.
             actuator=Actuator(self._controls, renewal=wall_ns // 1_000),
             orders=Orders(
@@ -119,6 +121,7 @@ class Service:
                 directory.off_file,
                 store.overrides_in_force(wall_ns),
                 store.switch(),
+                config.shadow,
             ),
             ledger=Ledger(self._journal.add, store.last_number()),
             board=Board(tuple(each.name for each in config.classes)),
@@ -126,13 +129,17 @@ class Service:
             arm=config.arm,
             notify=self._herald.notify,
             take_over=self._take_over,
+            alarm=self._herald.change,
         )
 
     def _take_over(self, sight: Sight) -> list[Adopted]:
         leases = left_in_force(self._controls, sight)
         # A pilot meets engines that start later too; what was left was left to the first.
         self._controls.engine_left = self._controls.valve_left = None
-        return adopt(leases, self._store.decision, self.flight.pilot.policies, sight.at_ns) if leases else []
+        if not leases:
+            return []
+        policies = self.flight.pilot.policies
+        return adopt(leases, self._store.decision, policies, sight.nonce, sight.at_ns)
 
     def _use(self, policies: PolicySet) -> None:
         self._herald.policies = policies
@@ -146,7 +153,9 @@ class Service:
         orders = self.flight.pilot.orders
         for order in orders.in_force(self._clock.monotonic_ns()):
             _log.warning("override in force: %s = %g: %s (%s)", order.knob, order.value, order.why, order.who)
-        if orders.off is not None:
+        if self._config.shadow:
+            _log.warning("shadow: rules only say what they would do, and nothing is moved")
+        elif orders.off is not None:
             _log.warning("off: %s (%s); `kvpilot on` lets policies act", orders.off.why, orders.off.who)
 
     async def run(self) -> None:
@@ -163,7 +172,9 @@ class Service:
         server = build_server(build_app(self.flight, self._clock, CollectorRegistry()))
         serving = asyncio.create_task(server.serve(sockets=[self._listening]))
         scheduler = self._schedule()
-        _log.info("flying %s; http://%s", self.flight.engine_name, self._address)
+        rank = f" rank {self._config.rank}" if self._config.rank else ""
+        valves = "" if self._config.flies_valves else "; valves are another pilot's"
+        _log.info("flying %s%s; http://%s%s", self.flight.engine_name, rank, self._address, valves)
         # Everything imported so far stays: a full collection over it would cost a tick its deadline.
         gc.collect()
         gc.freeze()

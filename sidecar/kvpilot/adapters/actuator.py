@@ -16,7 +16,7 @@ from kvpilot.clock import NS
 from kvpilot.knobs import KNOBS
 from kvpilot.link.controls import ENGINE_ANY, ControlsWriter, Lease, Scope
 from kvpilot.link.fields import KNOB_PREFIX
-from kvpilot.policy.outcome import LeaseWish
+from kvpilot.policy.lease import OVERRIDE, LeaseWish
 
 Target = tuple[str, Scope]
 
@@ -44,21 +44,41 @@ class Echo:
 
 
 class Actuator:
-    """Writes both controls pages. `renewal` must differ from whatever an earlier pilot wrote."""
+    """Writes the controls pages that are this pilot's. `renewal` must differ from whatever an earlier pilot
+    wrote.
+    """
 
     def __init__(self, controls: Controls, renewal: int) -> None:
-        self._writers: dict[str, ControlsWriter] = {"engine": controls.engine, "valve": controls.valve}
+        self._writers: dict[str, ControlsWriter] = {"engine": controls.engine}
+        if controls.valve is not None:
+            self._writers["valve"] = controls.valve
         self._renewal = renewal
         self._written: dict[Target, float] = {}
         self._blank = False
         self._changed_at: dict[Target, int] = {}
         self._changes: dict[Target, Change] = {}
         self._numbers: dict[Target, int] = {}
+        self._ttl_ns: dict[Target, int] = {}
+        self._written_ns = 0
 
     @property
     def unconfirmed(self) -> Mapping[Target, Change]:
         """Changes whose echo has not come yet."""
         return self._changes
+
+    @property
+    def flies_valves(self) -> bool:
+        """Whether the valves' page is this pilot's: of several ranks' pilots, one has it."""
+        return "valve" in self._writers
+
+    def moves(self, knob: str) -> bool:
+        """Whether this pilot may move `knob`."""
+        return knob not in KNOBS or KNOBS[knob].where in self._writers
+
+    def forget_engine(self) -> None:
+        """Another start of the engine: what was on its way to the last one will never be confirmed."""
+        for target in [target for target in self._changes if KNOBS[target[0]].where == "engine"]:
+            del self._changes[target]
 
     def write(
         self, wishes: Sequence[LeaseWish], numbers: Mapping[Target, int], nonce: int, at_ns: int
@@ -80,6 +100,8 @@ class Actuator:
             writer.write(leases, nonce if where == "engine" else ENGINE_ANY)
         self._blank = not wanted
         self._written = wanted
+        self._written_ns = at_ns
+        self._ttl_ns = {(wish.knob, wish.scope): wish.ttl_ns for wish in wishes}
         for target in changed | numbers.keys():
             sequence = self._writers[KNOBS[target[0]].where].sequence
             self._changed_at[target] = sequence
@@ -96,10 +118,11 @@ class Actuator:
 
     def _lease(self, wish: LeaseWish) -> Lease:
         number = self._numbers.get((wish.knob, wish.scope), 0)
-        return Lease(wish.knob, wish.scope, wish.value, wish.ttl_ns, self._renewal, number)
+        order = wish.policy == OVERRIDE
+        return Lease(wish.knob, wish.scope, wish.value, wish.ttl_ns, self._renewal, number, order)
 
     def values_in_force(self, sight: Sight) -> dict[Target, float]:
-        """Knob values as the engine and the valves echo them; as written, where no step has read them yet."""
+        """Knob values as the engine and the valves echo them; as written, where nobody has read them yet."""
         values: dict[Target, float] = {}
         record, manifest = sight.record, sight.manifest
         if record is not None and manifest is not None:
@@ -111,17 +134,19 @@ class Actuator:
         for target, written in self._written.items():
             if target in values:
                 continue
-            echo = valve_fraction(sight, target[1]) if KNOBS[target[0]].where == "valve" else None
-            read = sight.valve is not None and self._has_read(sight.valve.controls_sequence, target)
-            values[target] = echo if echo is not None and read else written
+            valve = sight.valve if KNOBS[target[0]].where == "valve" else None
+            if valve is None or not self._has_read(valve.controls_sequence, target):
+                values[target] = written
+            elif target in valve.obeyed:
+                values[target] = valve.obeyed[target]
         return values
 
     def _has_read(self, sequence: float | None, target: Target) -> bool:
         return (sequence or 0) >= self._changed_at.get(target, 0)
 
     def confirm(self, sight: Sight) -> list[Echo]:
-        """Decisions whose echo has come."""
-        echoes = []
+        """Decisions whose echo has come, and those whose lease ran out before it was renewed."""
+        echoes = self._expired(sight.at_ns)
         for target, change in list(self._changes.items()):
             verdict = self._verdict(target, change, sight)
             if verdict is not None:
@@ -129,19 +154,37 @@ class Actuator:
                 echoes.append(Echo(change.number, verdict, (sight.at_ns - change.at_ns) / NS))
         return echoes
 
+    def _expired(self, now_ns: int) -> list[Echo]:
+        """Leases that lapsed because this pilot came too late: the next table puts them in force again."""
+        late_ns = now_ns - self._written_ns
+        echoes = []
+        for target in [target for target, ttl_ns in self._ttl_ns.items() if late_ns > ttl_ns]:
+            del self._ttl_ns[target], self._written[target]
+            number = self._numbers.get(target, 0)
+            sequence = self._writers[KNOBS[target[0]].where].sequence + 1
+            self._changes[target] = Change(number, None, now_ns, sequence)
+            echoes.append(Echo(number, "lease_expired", late_ns / NS))
+        return echoes
+
     def _verdict(self, target: Target, change: Change, sight: Sight) -> str | None:
         """None while nobody can say."""
-        knob, scope = target
-        sequence, echo, wish = _engine_echo(knob, change, sight)
-        if KNOBS[knob].where == "valve":
-            sequence = sight.valve.controls_sequence if sight.valve else 0
-            echo, wish = valve_fraction(sight, scope), change.value
+        if KNOBS[target[0]].where == "valve":
+            sequence: float = sight.valve.controls_sequence if sight.valve else 0
+            echo, wish = sight.valve.obeyed.get(target) if sight.valve else None, change.value
+            applied = wish is None or (echo is not None and _is_near(echo, wish))
+        else:
+            sequence, echo, wish = _engine_echo(target[0], change, sight)
+            applied = echo is None or wish is None or _is_near(echo, wish)
         if sequence < change.sequence:
             return None
-        if echo is None or wish is None or math.isclose(echo, wish, rel_tol=0.01, abs_tol=0.01):
+        if applied:
             return "applied"
         # What a reader finds after a pause is history to it, and is obeyed from the next renewal on.
         return "rejected_by_engine" if sequence >= change.sequence + REJECTED_AFTER_TABLES else None
+
+
+def _is_near(echo: float, wish: float) -> bool:
+    return math.isclose(echo, wish, rel_tol=0.01, abs_tol=0.01)
 
 
 def _engine_echo(knob: str, change: Change, sight: Sight) -> tuple[float, float | None, float | None]:
@@ -151,15 +194,3 @@ def _engine_echo(knob: str, change: Change, sight: Sight) -> tuple[float, float 
     limits = sight.manifest.knob(knob)
     wish = limits.snap(change.value) if limits is not None and change.value is not None else None
     return sight.record.get("controls_sequence") or 0, sight.record.get(KNOB_PREFIX + knob), wish
-
-
-def valve_fraction(sight: Sight, scope: Scope) -> float | None:
-    """The share that every valve sheds of all classes in scope, at least; None where no valve says."""
-    if sight.valve is None or sight.manifest is None:
-        return None
-    shares = sight.valve.fractions
-    if scope.kind == "class_at_most" and isinstance(scope.argument, int):
-        named = [shares[name] for name in sight.manifest.classes[: scope.argument + 1] if name in shares]
-    else:
-        named = list(shares.values()) if scope.kind == "all" else []
-    return min(named, default=None)

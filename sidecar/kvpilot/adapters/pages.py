@@ -45,7 +45,8 @@ class LinkFiles:
 
 
 class Controls:
-    """The two controls pages that one pilot writes, locked for as long as it lives.
+    """The controls pages that one pilot writes, locked for as long as it lives: its rank's, and the valves'
+    unless another rank's pilot has that (`valve` None).
 
     `engine_left` and `valve_left` are the tables that an earlier pilot left, if any.
     """
@@ -53,7 +54,7 @@ class Controls:
     def __init__(
         self,
         engine: ControlsWriter,
-        valve: ControlsWriter,
+        valve: ControlsWriter | None,
         engine_left: Slot | None = None,
         valve_left: Slot | None = None,
         pages: tuple[WritablePage, ...] = (),
@@ -65,21 +66,27 @@ class Controls:
         self._pages = pages
 
     @classmethod
-    def open(cls, place: LinkPlace, clock: Clock, rank: int = 0) -> "Controls":
-        """Take the controls. Raises LinkError where another pilot has them, and names it."""
+    def open(cls, place: LinkPlace, clock: Clock, rank: int = 0, valve: bool = True) -> "Controls":
+        """Take the controls of one rank, and with `valve` those of the valves. Raises LinkError where another
+        pilot has them, and names it.
+        """
         engine, engine_page = files.open_controls(place, rank, clock)
+        engine_left = newest_slot(bytes(engine_page.buffer))
+        if not valve:
+            return cls(engine, None, engine_left, None, (engine_page,))
         try:
-            valve, valve_page = files.open_controls(place, None, clock)
+            valves, valve_page = files.open_controls(place, None, clock)
         except BaseException:
             engine.close()
             engine_page.close()
             raise
-        left = [newest_slot(bytes(page.buffer)) for page in (engine_page, valve_page)]
-        return cls(engine, valve, left[0], left[1], (engine_page, valve_page))
+        valve_left = newest_slot(bytes(valve_page.buffer))
+        return cls(engine, valves, engine_left, valve_left, (engine_page, valve_page))
 
     def close(self) -> None:
         """Give the controls up; what was last written stays readable."""
         self.engine.close()
-        self.valve.close()
+        if self.valve is not None:
+            self.valve.close()
         for page in self._pages:
             page.close()

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from kvpilot.adapters.windows import Key, Reading, Value
+from kvpilot.link.fields import HORIZONS
 from kvpilot.link.manifest import Manifest
 from kvpilot.link.records import StepRecord
 from kvpilot.link.telemetry import ClassRow, TelemetryReader
@@ -70,6 +71,15 @@ def _kv_demand_ratio(manifest: Manifest, record: StepRecord) -> float | Missing:
     return (manifest.blocks - available + waiting_tokens / manifest.block_size) / manifest.blocks
 
 
+def _kv_peak_ratio(manifest: Manifest, record: StepRecord) -> float | Missing:
+    ahead = [record.get(f"demand_{horizon}_p90_blocks") for horizon in HORIZONS]
+    occupancy = _kv_occupancy(manifest, record)
+    if None in ahead or isinstance(occupancy, Missing):
+        return NOT_PROVIDED
+    # What is held now is a peak too: a batch may be about to shrink.
+    return max(occupancy, max(blocks or 0.0 for blocks in ahead) / manifest.blocks)
+
+
 def _tail_waste_ratio(manifest: Manifest, record: StepRecord) -> float | Missing:
     available, waste = available_blocks(record), record.get("tail_waste_tokens")
     if available is None or waste is None:
@@ -93,6 +103,7 @@ def _device_headroom_tokens(manifest: Manifest, record: StepRecord) -> float | M
 DERIVED: dict[str, Callable[[Manifest, StepRecord], Value | Missing]] = {
     "kv_occupancy": _kv_occupancy,
     "kv_demand_ratio": _kv_demand_ratio,
+    "kv_peak_ratio": _kv_peak_ratio,
     "tail_waste_ratio": _tail_waste_ratio,
     "spec_acceptance_ratio": _spec_acceptance_ratio,
     "device_headroom_tokens": _device_headroom_tokens,

@@ -142,6 +142,11 @@ class Windows:
             return Missing(found.reason, age_s)
         return Missing("not_finite", age_s) if math.isnan(found) else found
 
+    def age_s(self, view: View, now_ns: int) -> float | None:
+        """Seconds since the newest reading of `view`; None where there is none."""
+        track = self._tracks.get(((view.signal, view.klass), _window_ns(view)))
+        return (now_ns - track.readings[-1].at_ns) / NS if track is not None and track.readings else None
+
 
 def _window_ns(view: View) -> int:
     return round((view.window_s or 0.0) * NS)

@@ -31,7 +31,7 @@ class Alert:
 
 def webhook_body(receiver: str, alert: Alert, external_url: str) -> bytes:
     """The JSON that a version 4 receiver takes."""
-    group = {name: alert.labels[name] for name in ("alertname", "engine") if name in alert.labels}
+    group = {name: alert.labels[name] for name in ("alertname", "engine", "rank") if name in alert.labels}
     key = ", ".join(f'{name}="{_escaped(value)}"' for name, value in sorted(alert.labels.items()))
     return json.dumps(
         {

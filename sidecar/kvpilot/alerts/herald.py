@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from kvpilot.alerts.body import Alert
 from kvpilot.alerts.outbox import Outbox
-from kvpilot.policy.outcome import Notice
+from kvpilot.alerts.watch import Change
+from kvpilot.policy.notice import Notice
 from kvpilot.policy.rules import PolicySet
 
 _Key = tuple[str, str, str]
@@ -13,17 +14,25 @@ _Key = tuple[str, str, str]
 
 
 class Herald:
-    """Posts to one outbox. `policies` gives alerts the labels and annotations of their policy."""
+    """Posts to one outbox. `policies` gives alerts the labels and annotations of their policy.
 
-    def __init__(self, outbox: Outbox, engine_name: str) -> None:
+    Alerts about a rank other than 0 carry it as a label.
+    """
+
+    def __init__(self, outbox: Outbox, engine_name: str, rank: int = 0) -> None:
         self.policies = PolicySet(())
         self._outbox = outbox
-        self._engine_name = engine_name
+        self._engine = {"engine": engine_name} | ({"rank": str(rank)} if rank else {})
         self._firing: dict[_Key, Alert] = {}
 
     def notify(self, notice: Notice, wall_ns: int) -> None:
-        """A rule became active, or is over."""
-        key = (notice.receiver, notice.policy, notice.rule)
+        """A rule became active, or had not the effect that it promises; or that is over."""
+        for receiver in (notice.receiver,) if notice.receiver else self._outbox.receivers:
+            self._tell(receiver, notice, wall_ns)
+
+    def _tell(self, receiver: str, notice: Notice, wall_ns: int) -> None:
+        lacks = "NoEffect" if notice.about == "effect" else ""
+        key = (receiver, notice.policy, f"{notice.rule}{lacks}")
         if not notice.firing:
             self._resolve(key, wall_ns)
             return
@@ -34,8 +43,8 @@ class Herald:
             key,
             {
                 **labels,
-                "alertname": f"Kvpilot{_camel(notice.rule)}",
-                "engine": self._engine_name,
+                "alertname": f"Kvpilot{_camel(notice.rule)}{lacks}",
+                **self._engine,
                 "policy": notice.policy,
                 "rule": notice.rule,
                 "severity": notice.severity,
@@ -44,15 +53,26 @@ class Herald:
             wall_ns,
         )
 
-    def trouble(self, name: str, summary: str | None, wall_ns: int) -> None:
-        """Something is wrong with the pilot itself, or (`summary` None) is over: every receiver is told."""
+    def trouble(
+        self, name: str, summary: str | None, wall_ns: int, severity: str = "warning", description: str = ""
+    ) -> None:
+        """Something is wrong with the engine or the pilot itself, or (`summary` None) is over: every receiver
+        is told. `description` says what to do.
+        """
         for receiver in self._outbox.receivers:
             key = (receiver, "", name)
             if summary is None:
                 self._resolve(key, wall_ns)
-            else:
-                labels = {"alertname": name, "engine": self._engine_name, "severity": "warning"}
-                self._fire(key, labels, {"summary": summary}, wall_ns)
+                continue
+            labels = {"alertname": name, **self._engine, "severity": severity}
+            annotations = {"summary": summary} | ({"description": description} if description else {})
+            self._fire(key, labels, annotations, wall_ns)
+
+    def change(self, change: Change, wall_ns: int) -> None:
+        """An alarm of the engine fires, or is over."""
+        alarm = change.alarm
+        summary = alarm.summary if change.firing else None
+        self.trouble(alarm.name, summary, wall_ns, alarm.severity, alarm.description)
 
     def resolve_all(self, wall_ns: int) -> None:
         """The pilot leaves: nothing that it announced holds by its doing any more."""

@@ -21,11 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kvpilot.adapters.valves import VALVE_KNOBS
 from kvpilot.api.client import SocketError
 from kvpilot.flight import Flight
 from kvpilot.journal.records import parse_scope
 from kvpilot.orders import OrderError
-from kvpilot.pilot import VALVE_KNOB
 from kvpilot.publish.status import status
 
 MAX_LINE_BYTES = 64 * 1024
@@ -134,7 +134,7 @@ class OperatingSocket:
         except ValueError as error:
             raise OrderError(str(error)) from None
         for_s = 0.0 if value is None else _number(order, "for_s")
-        limits = knobs.get(knob) or (VALVE_KNOB if knob == VALVE_KNOB.name else None)
+        limits = knobs.get(knob) or VALVE_KNOBS.get(knob)
         self._flight.pilot.orders.override(knob, scope, number, for_s, _text(order, "why"), who, limits)
 
 

@@ -5,6 +5,7 @@ A scope is written `all`, `classAtMost=1` or `tenant=acme`; an input that was mi
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvpilot.link.controls import Scope
 
@@ -27,6 +28,34 @@ class DecisionRecord:
     verdict: str
     reason: str
     inputs: Mapping[str, float | str] = field(default_factory=dict)
+    ages: Mapping[str, float] = field(default_factory=dict)
+    """Seconds since the newest sample of each input; of one without any it is absent."""
+    phase: str | None = None
+    """Where the rule was after the tick; None for a person's order and a rule that is gone."""
+    phase_s: float | None = None
+    """For how long."""
+    claims: tuple[Mapping[str, Any], ...] = ()
+    """All claims on the knob after the tick, as `claim_row` writes them."""
+    text: str | None = None
+    """The key of the rule's text (`RuleRecord`)."""
+    confirmed_after_s: float | None = None
+    """From the decision to the step that echoed it."""
+
+
+def claim_row(rule: str, scope: Scope, value: float, by: str | None) -> dict[str, Any]:
+    """One claim: whose (`policy/rule`), and who overrules it, if anybody does."""
+    return {"rule": rule, "scope": format_scope(scope), "value": value, "by": by}
+
+
+@dataclass(frozen=True, slots=True)
+class RuleRecord:
+    """A rule's text as it was flown, once for each text. `described` is for JSON."""
+
+    key: str
+    at_wall_ns: int
+    policy: str
+    rule: str
+    described: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +81,8 @@ class EffectRecord:
     after: float | None
     met: bool | None
     reason: str
+    number: int | None = None
+    """Of the decision whose effect it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +117,9 @@ class EventRecord:
     detail: str
 
 
-Record = DecisionRecord | VerdictRecord | EffectRecord | OverrideRecord | SwitchRecord | EventRecord
+Record = (
+    DecisionRecord | RuleRecord | VerdictRecord | EffectRecord | OverrideRecord | SwitchRecord | EventRecord
+)
 
 
 def format_scope(scope: Scope) -> str:

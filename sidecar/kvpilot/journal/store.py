@@ -17,6 +17,7 @@ from kvpilot.journal.records import (
     EventRecord,
     OverrideRecord,
     Record,
+    RuleRecord,
     SwitchRecord,
     VerdictRecord,
 )
@@ -24,26 +25,39 @@ from kvpilot.journal.records import (
 KEEP_ROWS = 200_000
 """Per table. A decision is about 300 bytes: the file stays under some 100 MB."""
 
-FORMAT = 1
+FORMAT = 2
+OLDEST_FORMAT = 1
+"""Read as it is, and brought to FORMAT when a pilot opens it."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS decisions (
     number INTEGER PRIMARY KEY, at_wall_ns INTEGER, engine_nonce TEXT, policy TEXT, rule TEXT, knob TEXT,
-    scope TEXT, before REAL, after REAL, verdict TEXT, reason TEXT, inputs TEXT, confirmed_after_s REAL);
+    scope TEXT, before REAL, after REAL, verdict TEXT, reason TEXT, inputs TEXT, confirmed_after_s REAL,
+    ages TEXT, phase TEXT, phase_s REAL, claims TEXT, text TEXT);
+CREATE TABLE IF NOT EXISTS rules (
+    key TEXT PRIMARY KEY, at_wall_ns INTEGER, policy TEXT, rule TEXT, described TEXT);
 CREATE TABLE IF NOT EXISTS effects (
     id INTEGER PRIMARY KEY, at_wall_ns INTEGER, policy TEXT, rule TEXT, input TEXT, expected TEXT, before
-    REAL, after REAL, met INTEGER, reason TEXT);
+    REAL, after REAL, met INTEGER, reason TEXT, number INTEGER);
 CREATE TABLE IF NOT EXISTS overrides (
     id INTEGER PRIMARY KEY, at_wall_ns INTEGER, knob TEXT, scope TEXT, value REAL, until_wall_ns INTEGER, why
     TEXT, who TEXT);
 CREATE TABLE IF NOT EXISTS switches (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, off INTEGER, why TEXT, who
 TEXT); CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, kind TEXT, detail TEXT);
 """
-_DECISIONS = (
-    "SELECT number, at_wall_ns, engine_nonce, policy, rule, knob, scope, before, after, verdict, reason,"
-    " inputs FROM decisions"
-)
-_TABLES = {"decisions": "number", "effects": "id", "overrides": "id", "switches": "id", "events": "id"}
+_MIGRATE = """
+ALTER TABLE decisions ADD COLUMN ages TEXT; ALTER TABLE decisions ADD COLUMN phase TEXT;
+ALTER TABLE decisions ADD COLUMN phase_s REAL; ALTER TABLE decisions ADD COLUMN claims TEXT;
+ALTER TABLE decisions ADD COLUMN text TEXT; ALTER TABLE effects ADD COLUMN number INTEGER;
+"""
+"""From format 1."""
+
+_FIRST = "number, at_wall_ns, engine_nonce, policy, rule, knob, scope, before, after, verdict, reason, inputs"
+_SINCE_2 = "ages, phase, phase_s, claims, text"
+_TABLES = {
+    "decisions": "number", "effects": "id", "overrides": "id", "switches": "id", "events": "id",
+    "rules": "rowid",
+}  # fmt: skip
 
 
 class JournalError(Exception):
@@ -62,12 +76,15 @@ class JournalStore:
             # WAL with NORMAL never corrupts; a power cut may lose the last second of rows.
             self._database.execute("PRAGMA synchronous=NORMAL")
             version = self._database.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, FORMAT):
+            if version and not OLDEST_FORMAT <= version <= FORMAT:
                 raise JournalError(
                     f"journal {path}: format {version}, this kvpilot knows {FORMAT}: move the file away"
                 )
-            self._database.executescript(_SCHEMA)
-            self._database.execute(f"PRAGMA user_version={FORMAT}")
+            migrate = _MIGRATE if version == OLDEST_FORMAT else ""
+            # In one transaction: a pilot that is killed here leaves the old format or the new.
+            self._database.executescript(
+                f"BEGIN IMMEDIATE; {_SCHEMA} {migrate} PRAGMA user_version={FORMAT}; COMMIT;"
+            )
         except OSError as error:
             raise JournalError(
                 f"journal {path}: {error.strerror}: write `journal: FILE` in kvpilot.yaml"
@@ -103,21 +120,21 @@ class JournalStore:
 
     def decisions(self, last: int) -> list[DecisionRecord]:
         """The newest decisions, newest first."""
-        rows = self._database.execute(f"{_DECISIONS} ORDER BY number DESC LIMIT ?", (last,))
-        return [_decision(row) for row in rows]
+        rows = self._database.execute(f"{decisions_query()} ORDER BY number DESC LIMIT ?", (last,))
+        return [decision_of(row) for row in rows]
 
     def decision(self, number: int) -> DecisionRecord | None:
         """The decision of that number, if the journal still has it."""
-        row = self._database.execute(f"{_DECISIONS} WHERE number = ?", (number,)).fetchone()
-        return None if row is None else _decision(row)
+        row = self._database.execute(f"{decisions_query()} WHERE number = ?", (number,)).fetchone()
+        return None if row is None else decision_of(row)
+
+    def rule(self, key: str) -> RuleRecord | None:
+        """The rule's text of that key, if the journal still has it."""
+        return rule_of(self._database, key)
 
     def effects(self, last: int) -> list[EffectRecord]:
         """The newest effects, newest first."""
-        rows = self._database.execute(
-            "SELECT at_wall_ns, policy, rule, input, expected, before, after, met, reason FROM effects"
-            " ORDER BY id DESC LIMIT ?",
-            (last,),
-        )
+        rows = self._database.execute(f"{effects_query()} ORDER BY id DESC LIMIT ?", (last,))
         return [EffectRecord(*row) for row in rows]
 
     def overrides_in_force(self, now_wall_ns: int) -> list[OverrideRecord]:
@@ -142,16 +159,39 @@ class JournalStore:
         self._database.close()
 
 
-def _decision(row: tuple[Any, ...]) -> DecisionRecord:
-    plain = (*row[:2], int(row[2], 16), *row[3:-1], json.loads(row[-1]))
-    return DecisionRecord(*plain)
+def decisions_query(version: int = FORMAT) -> str:
+    """Begins a query whose rows `decision_of` understands, over a journal of this format."""
+    later = _SINCE_2 if version >= 2 else ", ".join("NULL" for _ in _SINCE_2.split(","))
+    return f"SELECT {_FIRST}, {later}, confirmed_after_s FROM decisions"
+
+
+def effects_query(version: int = FORMAT) -> str:
+    """Begins a query whose rows are an EffectRecord's fields."""
+    number = "number" if version >= 2 else "NULL"
+    return (
+        f"SELECT at_wall_ns, policy, rule, input, expected, before, after, met, reason, {number} FROM effects"
+    )
+
+
+def decision_of(row: tuple[Any, ...]) -> DecisionRecord:
+    """The decision of a row of `decisions_query`."""
+    head, ages, claims = (*row[:2], int(row[2], 16), *row[3:11]), row[12] or "{}", row[15] or "[]"
+    loaded = (json.loads(row[11]), json.loads(ages), *row[13:15], tuple(json.loads(claims)), *row[16:])
+    return DecisionRecord(*(*head, *loaded))
+
+
+def rule_of(database: sqlite3.Connection, key: str) -> RuleRecord | None:
+    """The rule's text of that key, from a journal of format 2 or later."""
+    query = "SELECT key, at_wall_ns, policy, rule, described FROM rules WHERE key = ?"
+    row = database.execute(query, (key,)).fetchone()
+    return None if row is None else RuleRecord(row[0], row[1], row[2], row[3], json.loads(row[4]))
 
 
 def _statement(record: Record) -> tuple[str, tuple[object, ...]]:
     match record:
         case DecisionRecord():
             return (
-                "INSERT OR REPLACE INTO decisions VALUES (?,?,?,?,?,?,?,?,?,?,?,?,NULL)",
+                "INSERT OR REPLACE INTO decisions VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     record.number,
                     record.at_wall_ns,
@@ -165,7 +205,21 @@ def _statement(record: Record) -> tuple[str, tuple[object, ...]]:
                     record.verdict,
                     record.reason,
                     json.dumps({name: _plain(value) for name, value in record.inputs.items()}),
+                    record.confirmed_after_s,
+                    json.dumps(record.ages),
+                    record.phase,
+                    record.phase_s,
+                    json.dumps(record.claims),
+                    record.text,
                 ),
+            )
+        case RuleRecord():
+            return "INSERT OR IGNORE INTO rules VALUES (?,?,?,?,?)", (
+                record.key,
+                record.at_wall_ns,
+                record.policy,
+                record.rule,
+                json.dumps(record.described),
             )
         case VerdictRecord():
             return (
@@ -178,7 +232,7 @@ def _statement(record: Record) -> tuple[str, tuple[object, ...]]:
                 record.number,
             )
         case EffectRecord():
-            return "INSERT INTO effects VALUES (NULL,?,?,?,?,?,?,?,?,?)", (
+            return "INSERT INTO effects VALUES (NULL,?,?,?,?,?,?,?,?,?,?)", (
                 record.at_wall_ns,
                 record.policy,
                 record.rule,
@@ -188,6 +242,7 @@ def _statement(record: Record) -> tuple[str, tuple[object, ...]]:
                 record.after,
                 record.met,
                 record.reason,
+                record.number,
             )
         case OverrideRecord():
             return "INSERT INTO overrides VALUES (NULL,?,?,?,?,?,?,?)", (

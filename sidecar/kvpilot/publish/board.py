@@ -7,15 +7,18 @@ are read twice a second: a person does not need ten, and reading every distribut
 of a tick.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvpilot.adapters.engine import Sight
 from kvpilot.adapters.windows import Key, Reading, Windows
 from kvpilot.clock import NS
+from kvpilot.forecast.estimate import Estimate
 from kvpilot.orders import Off
 from kvpilot.policy.context import Context
 from kvpilot.policy.evaluate import Inputs
-from kvpilot.policy.outcome import LeaseWish, Outcome
+from kvpilot.policy.lease import LeaseWish
+from kvpilot.policy.outcome import Outcome
 from kvpilot.publish.durations import Durations
 from kvpilot.signals import SIGNALS, Missing
 
@@ -39,6 +42,8 @@ class Tick:
     context: Context | None = None
     outcome: Outcome | None = None
     leases: tuple[LeaseWish, ...] = ()
+    bands: Mapping[Key, Estimate] = field(default_factory=dict)
+    """Of forecasts: how far they may be off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class Board:
         """Replace what is shown."""
         self.tick = tick
         self.ticks += 1
-        if tick.sight.restarted:
+        if tick.sight.before is not None:
             self.latest = {}
             self._windows.clear("restarted")
         if self._refresh_ns is None or tick.at_ns >= self._refresh_ns:

@@ -2,7 +2,8 @@
 
 A signal that is missing is absent from the page, never 0. Names come from the catalogue: `kvpilot_` + signal
 + unit where the name does not end in it, `_total` for counters, no colons. `RENAMED` holds the few that have
-a name of their own in the field. Distributions are cumulative histograms since the engine started.
+a name of their own in the field. Distributions are cumulative histograms since the engine started. A pilot of
+a rank other than 0 labels everything with it.
 """
 
 from bisect import bisect_left
@@ -24,6 +25,7 @@ from kvpilot.link.histogram import BUCKETS, HistogramSnapshot, bucket_bounds_ns
 from kvpilot.policy.state import Phase
 from kvpilot.publish.board import Tick
 from kvpilot.publish.durations import Durations
+from kvpilot.publish.valve_metrics import valve_metrics
 from kvpilot.signals import SIGNALS, Missing, Signal
 from kvpilot.version import version
 
@@ -65,6 +67,13 @@ class PilotCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Everything, now."""
+        rank = self._flight.rank
+        for family in self._families():
+            for sample in family.samples if rank else ():
+                sample.labels["rank"] = str(rank)
+            yield family
+
+    def _families(self) -> Iterator[Metric]:
         yield InfoMetricFamily("kvpilot_build", "This kvpilot.", value={"version": version()})
         yield from self._pilot()
         tick = self._board.tick
@@ -170,6 +179,30 @@ class PilotCollector:
         yield value
         yield from limits.values()
 
+    def _engine(self, tick: Tick | None) -> Iterator[Metric]:
+        """What the engine is in, and what a person should hear of it; there also without an engine."""
+        states = GaugeMetricFamily(
+            "kvpilot_engine_state", "1 for the engine's state.", labels=["engine", "state"]
+        )
+        now = tick.sight.liveness if tick and tick.sight.manifest else "waiting"
+        for state in ("waiting", "dead", "idle", "live", "stalled", "wedged"):
+            states.add_metric([self._engine_name, state], float(state == now))
+        yield states
+        watch = self._flight.pilot.watch
+        restarts = CounterMetricFamily(
+            "kvpilot_engine_restarts", "Starts of the engine that followed another one.", labels=["engine"]
+        )
+        restarts.add_metric([self._engine_name], watch.restarts)
+        yield restarts
+        alarms = GaugeMetricFamily(
+            "kvpilot_alert_firing", "1 for an alert that fires.", labels=["engine", "alertname", "severity"]
+        )
+        for alarm in watch.firing.values():
+            alarms.add_metric([self._engine_name, alarm.name, alarm.severity], 1.0)
+        yield alarms
+        if tick is not None and tick.sight.valve is not None:
+            yield from valve_metrics(self._engine_name, tick.sight.valve)
+
     def _pilot(self) -> Iterator[Metric]:
         """The pilot's own workings; there also without an engine."""
         board, tick = self._board, self._board.tick
@@ -186,13 +219,7 @@ class PilotCollector:
         yield _single(
             "kvpilot_control_off", "1 while a person holds the pilot off.", float(bool(tick and tick.off))
         )
-        states = GaugeMetricFamily(
-            "kvpilot_engine_state", "1 for the engine's state.", labels=["engine", "state"]
-        )
-        now = tick.sight.liveness if tick and tick.sight.manifest else "waiting"
-        for state in ("waiting", "dead", "idle", "live", "stalled", "wedged"):
-            states.add_metric([self._engine_name, state], float(state == now))
-        yield states
+        yield from self._engine(tick)
         directory = self._flight.directory
         yield _single("kvpilot_policy_load_success", "1 if the last load was taken.", float(directory.good))
         taken_s = directory.taken_wall_ns / NS

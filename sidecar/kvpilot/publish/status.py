@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from kvpilot.adapters.actuator import Actuator
+from kvpilot.alerts.watch import EngineWatch, describe
 from kvpilot.clock import NS
 from kvpilot.flight import Flight
 from kvpilot.journal.records import format_scope
@@ -31,8 +32,11 @@ def status(flight: Flight) -> dict[str, Any]:
             "armed": tick.armed if tick else False,
             "arming": tick.arming if tick else None,
             "off": {"why": tick.off.why, "who": tick.off.who} if tick and tick.off else None,
+            "rank": flight.rank,
+            "flies_valves": pilot.actuator.flies_valves,
         },
         "engine": {"name": name, "state": "waiting"},
+        "alerts": [],
         "actions": ledger.actions,
         "signals": _signals(board),
         "rules": [],
@@ -45,6 +49,7 @@ def status(flight: Flight) -> dict[str, Any]:
     if tick is not None:
         described["at_wall_ns"] = tick.wall_ns
         described["engine"] = _engine(tick, name)
+        described["alerts"] = _alerts(pilot.watch, tick)
         described["inputs"] = _inputs(tick)
         described["rules"] = _rules(tick, pilot.policies)
         described["leases"] = _leases(tick, pilot.actuator)
@@ -72,15 +77,34 @@ def _engine(tick: Tick, name: str) -> dict[str, Any]:
         "classes": list(manifest.classes),
         "step": sight.record.sequence if sight.record else None,
         "valves": sight.valve.processes if sight.valve else 0,
+        "valves_silent": sight.valve.silent if sight.valve else 0,
+        "credits_left": dict(sight.valve.credits_left) if sight.valve else {},
+        "ended": describe(sight.ended) if sight.ended else None,
         "unsupported_knobs": manifest.unsupported_knobs,
         "unsupported_signals": manifest.unsupported_signals,
     }
+
+
+def _alerts(watch: EngineWatch, tick: Tick) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": alarm.name,
+            "severity": alarm.severity,
+            "summary": alarm.summary,
+            "description": alarm.description,
+            "for_s": (tick.at_ns - alarm.since_ns) / NS,
+        }
+        for alarm in watch.firing.values()
+    ]
 
 
 def _signals(board: Board) -> dict[str, Any]:
     described: dict[str, Any] = {}
     for view, value in board.values():
         shown = _value(value)
+        band = board.tick.bands.get((view.signal, view.klass)) if board.tick is not None else None
+        if band is not None and "value" in shown:
+            shown |= {"p10": number(band.p10), "p90": number(band.p90)}
         if view.klass is not None:
             described[view.signal].setdefault("classes", {})[view.klass] = shown
             continue

@@ -15,7 +15,8 @@ def render(status: Mapping[str, Any]) -> RenderableType:
 
 def _headline(status: Mapping[str, Any]) -> Text:
     engine, pilot = status["engine"], status["pilot"]
-    line = Text(f"{engine['name']}: {engine['state']}", style="bold")
+    rank = f" rank {pilot['rank']}" if pilot["rank"] else ""
+    line = Text(f"{engine['name']}{rank}: {engine['state']}", style="bold")
     if engine.get("waiting_for"):
         line.append(f", {engine['waiting_for']}")
     if engine.get("model"):
@@ -25,6 +26,18 @@ def _headline(status: Mapping[str, Any]) -> Text:
     elif not pilot["armed"]:
         awaited = f"arms {pilot['arming']}; until then" if pilot["arming"] else "not armed:"
         line.append(f"  {awaited} rules run shadowed", style="yellow")
+    if not pilot["flies_valves"]:
+        line.append("  the valves are another pilot's", style="dim")
+    for alert in status["alerts"]:
+        style = "bold red" if alert["severity"] == "critical" else "yellow"
+        line.append(f"\n{alert['name']} for {alert['for_s']:.0f} s: {alert['summary']}", style=style)
+        line.append(f"\n  {alert['description']}", style="dim")
+    if engine.get("valves_silent"):
+        line.append(
+            f"\n{engine['valves_silent']} of {engine['valves']} valves do not write their page: "
+            "a process that hangs, a callers file that it cannot use, or a server without a lifespan",
+            style="yellow",
+        )
     for order in status["overrides"]:
         line.append(
             f"\noverride {order['knob']} {order['scope']} = {order['value']:g} for {order['left_s']:.0f} s:"

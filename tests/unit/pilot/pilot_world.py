@@ -3,6 +3,7 @@
 The engine here is a hook that a test steps by hand with whatever fields it likes.
 """
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,18 +14,20 @@ from kvpilot.adapters.pages import Controls
 from kvpilot.clock import NS, VirtualClock
 from kvpilot.config import Arm
 from kvpilot.inside.hook import StepHook, with_hook_fields
+from kvpilot.inside.valve_law import ValveLaw
 from kvpilot.journal.ledger import Ledger
 from kvpilot.journal.records import Record
-from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter, LeaseBook
+from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter
 from kvpilot.link.fields import STEP_FIELDS
 from kvpilot.link.manifest import Manifest, ManifestKnob
 from kvpilot.link.page import HEADER_BYTES, Identity, PageHeader
 from kvpilot.link.telemetry import TelemetryWriter, plan_page
-from kvpilot.link.valve_page import VALVE_PAGE_BYTES, ValvePageWriter
+from kvpilot.link.valve_layout import VALVE_PAGE_BYTES
+from kvpilot.link.valve_writer import ValvePageWriter
 from kvpilot.orders import Orders
 from kvpilot.pilot import TICK_NS, Pilot
 from kvpilot.policy.load import load_text
-from kvpilot.policy.outcome import Notice
+from kvpilot.policy.notice import Notice
 from kvpilot.policy.rules import PolicySet
 from kvpilot.publish.board import Board, Tick
 
@@ -111,6 +114,7 @@ class World:
         arm: Arm | None = None,
         adopted: list[Adopted] | None = None,
         slo: Mapping[str, float] | None = None,
+        flies_valves: bool = True,
     ) -> None:
         self.clock = VirtualClock(start_ns=1000 * NS)
         self.pages = MemoryPages()
@@ -118,11 +122,14 @@ class World:
         self.valve_controls = bytearray(CONTROLS_BYTES)
         self.rows: list[Record] = []
         self.notices: list[Notice] = []
+        self.alarms: list[tuple[str, bool]] = []
+        """Each that fired (True) or was over, in order."""
         self.values: dict[str, float] = {}
         self.hook: StepHook | None = None
         self.engine_clock_offset_ns = 777 * NS
         controls = Controls(
-            ControlsWriter(self.engine_controls, IDENTITY), ControlsWriter(self.valve_controls, IDENTITY)
+            ControlsWriter(self.engine_controls, IDENTITY),
+            ControlsWriter(self.valve_controls, IDENTITY) if flies_valves else None,
         )
         self.pilot = Pilot(
             clock=self.clock,
@@ -135,6 +142,7 @@ class World:
             arm=arm or Arm(after=0.0, finished=0),
             notify=lambda notice, wall_ns: self.notices.append(notice),
             take_over=lambda sight: list(adopted or []),
+            alarm=lambda change, wall_ns: self.alarms.append((change.alarm.name, change.firing)),
         )
         self.use(*policies)
 
@@ -215,20 +223,22 @@ class MemoryValve:
         self.page = MemoryPage(bytearray(VALVE_PAGE_BYTES), "valve")
         self.writer = ValvePageWriter(self.page.buffer, CLASSES, nonce=nonce, identity=IDENTITY)
         self._world = world
-        self._book = LeaseBook(None)
+        self.law = ValveLaw(random.Random(nonce), world.clock.monotonic_ns())
         world.pages.valve_pages.append(self.page)
         self.look()
 
     def look(self) -> None:
-        """Read the controls and echo what is shed of each class."""
-        now_ns = self._world.clock.monotonic_ns()
-        self._book.observe(bytes(self._world.valve_controls), now_ns)
-        shares = [0.0] * len(CLASSES)
-        for lease in self._book.in_force(now_ns):
-            top = lease.scope.argument if lease.scope.kind == "class_at_most" else len(CLASSES) - 1
-            for level in range(int(top or 0) + 1):
-                shares[level] = max(shares[level], lease.value)
-        self.writer.beat(now_ns, shares, self._book.sequence)
+        """Read the controls and echo what is obeyed."""
+        now_ns, law, levels = self._world.clock.monotonic_ns(), self.law, range(len(CLASSES))
+        law.observe(bytes(self._world.valve_controls), now_ns)
+        self.writer.beat(
+            now_ns,
+            [law.fraction(level, "", now_ns) for level in levels],
+            law.controls_sequence,
+            [law.credits_left(level, "", now_ns) for level in levels],
+            law.echoes(now_ns),
+            law.bytes_per_token(now_ns),
+        )
 
 
 def policy(

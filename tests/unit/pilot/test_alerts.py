@@ -14,7 +14,7 @@ import stamina
 from kvpilot.alerts.body import Alert, fingerprint, webhook_body
 from kvpilot.alerts.herald import Herald
 from kvpilot.alerts.outbox import QUEUE_ALERTS, TRIES, Outbox
-from kvpilot.policy.outcome import Notice
+from kvpilot.policy.notice import Notice
 
 WALL = 1_763_686_757_392 * 1_000_000
 
@@ -105,6 +105,24 @@ def test_resolved_differs_in_status_and_end_alone() -> None:
 def test_the_fingerprint_is_of_the_labels_in_any_order() -> None:
     assert fingerprint({"a": "1", "b": "2"}) == fingerprint({"b": "2", "a": "1"})
     assert fingerprint({"a": "1", "b": "2"}) != fingerprint({"a": "12", "b": ""})
+
+
+def test_an_effect_that_did_not_come_is_an_alert_of_its_own_and_may_be_for_everybody() -> None:
+    with Receiver([200]).serving() as one, Receiver([200]).serving() as other:
+
+        def post(outbox: Outbox) -> None:
+            herald = Herald(outbox, "engine")
+            herald.notify(notice(firing=True, receiver="one"), WALL)
+            herald.notify(Notice("p", "shed-lowest-class", "", "warning", "no effect", True, "effect"), WALL)
+            herald.notify(Notice("p", "shed-lowest-class", "", "warning", "no effect", False, "effect"), WALL)
+
+        deliver({"one": one.url, "other": other.url}, post)
+        found = {
+            name: [(body["alerts"][0]["labels"]["alertname"], body["status"]) for body in receiver.bodies]
+            for name, receiver in (("one", one), ("other", other))
+        }
+    effect = [("KvpilotShedLowestClassNoEffect", "firing"), ("KvpilotShedLowestClassNoEffect", "resolved")]
+    assert found == {"one": [("KvpilotShedLowestClass", "firing"), *effect], "other": effect}
 
 
 def test_firing_arrives_before_resolved_and_both_are_one_alert() -> None:

@@ -93,7 +93,7 @@ def test_an_engine_without_directories_is_told_what_to_write(tmp_path: Path) -> 
         (("itl: 100ms", "itlx: 1s"), "kvpilot.yaml:3:5: 'itl' is missing"),
         (
             ("finished: 0", "finishd: 0"),
-            "kvpilot.yaml:5:18: unknown key 'finishd' (known: after, finished)",
+            "kvpilot.yaml:5:18: unknown key 'finishd' (did you mean 'finished'? known: after, finished)",
         ),
         (
             ("http:", "ftp:"),
@@ -105,6 +105,15 @@ def test_an_engine_without_directories_is_told_what_to_write(tmp_path: Path) -> 
         (("arm: {", "arm: [{"), "kvpilot.yaml:6:1: not YAML: while parsing a flow sequence"),
         (("arm:", "policies: nowhere\narm:"), "kvpilot.yaml:5:11: {folder}/nowhere is not a directory"),
         (("name: batch", "name: no"), None),
+        (
+            ("arm:", "polcies: p\narm:"),
+            "kvpilot.yaml:5:1: unknown key 'polcies' (did you mean 'policies'? ",
+        ),
+        (("arm:", "rank: 1.5\narm:"), "kvpilot.yaml:5:7: rank: should be a whole number"),
+        (("arm:", "rank: -1\narm:"), "kvpilot.yaml:5:7: rank: should be greater than or equal to 0"),
+        (("arm:", "valve: rank0\narm:"), "kvpilot.yaml:5:8: valve: should be true or false"),
+        (("{after: 0s, finished: 0}", "5"), "kvpilot.yaml:5:6: arm: should be a mapping"),
+        (("name: oncall", "name: ''"), "kvpilot.yaml:7:12: name: should not be empty"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_place(
@@ -147,3 +156,33 @@ def test_classes_must_agree_with_the_callers_file(tmp_path: Path) -> None:
 def test_slo_lowest_is_the_first_class_also_where_it_is_promised_more(tmp_path: Path) -> None:
     text = GOOD.replace("ttft: 5s, itl: 100ms", "ttft: 0.1, itl: 1ms")
     assert loaded(tmp_path, text).slo["lowest"] == {"itl": 0.001, "ttft": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("[1]", ["kvpilot.yaml:2:11: classes: should be a mapping"]),
+        ("3", ["kvpilot.yaml:2:10: classes: should be a list"]),
+        ("[]", ["kvpilot.yaml:2:10: classes: should have at least 1"]),
+        (
+            f"[{', '.join(f'{{name: c{i}, ttft: 1, itl: 1}}' for i in range(9))}]",
+            ["kvpilot.yaml:2:10: classes: should have at most 8"],
+        ),
+    ],
+)
+def test_a_list_that_is_wrong_is_said_once(tmp_path: Path, text: str, lines: list[str]) -> None:
+    assert mistakes(tmp_path, f"engine: {{telemetry: t, controls: c}}\nclasses: {text}") == lines
+
+
+@pytest.mark.parametrize(
+    ("change", "rank", "valves"),
+    [("", 0, True), ("rank: 3", 3, False), ("rank: 3\nvalve: true", 3, True), ("valve: false", 0, False)],
+)
+def test_one_pilot_for_each_rank_and_one_of_them_for_the_valves(
+    tmp_path: Path, change: str, rank: int, valves: bool
+) -> None:
+    config = loaded(tmp_path, f"{GOOD}{change}\n", XDG_STATE_HOME="/state", XDG_RUNTIME_DIR="/run")
+    assert (config.rank, config.flies_valves) == (rank, valves)
+    own = f"lab-{rank}" if rank else "lab"
+    assert config.journal == Path(f"/state/kvpilot/{own}.sqlite")
+    assert config.socket == Path(f"/run/kvpilot/{own}.sock")

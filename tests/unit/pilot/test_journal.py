@@ -3,16 +3,19 @@
 import logging
 import sqlite3
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kvpilot.journal.past import read_past
 from kvpilot.journal.records import (
     DecisionRecord,
     EffectRecord,
     EventRecord,
     OverrideRecord,
+    RuleRecord,
     SwitchRecord,
     VerdictRecord,
     format_scope,
@@ -107,12 +110,61 @@ def test_a_file_that_is_no_journal_is_one_clear_line(tmp_path: Path, content: by
     assert "\n" not in str(caught.value)
 
 
+FIRST_FORMAT = """
+CREATE TABLE decisions (
+    number INTEGER PRIMARY KEY, at_wall_ns INTEGER, engine_nonce TEXT, policy TEXT, rule TEXT, knob TEXT,
+    scope TEXT, before REAL, after REAL, verdict TEXT, reason TEXT, inputs TEXT, confirmed_after_s REAL);
+CREATE TABLE effects (
+    id INTEGER PRIMARY KEY, at_wall_ns INTEGER, policy TEXT, rule TEXT, input TEXT, expected TEXT, before
+    REAL, after REAL, met INTEGER, reason TEXT);
+CREATE TABLE overrides (
+    id INTEGER PRIMARY KEY, at_wall_ns INTEGER, knob TEXT, scope TEXT, value REAL, until_wall_ns INTEGER, why
+    TEXT, who TEXT);
+CREATE TABLE switches (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, off INTEGER, why TEXT, who TEXT);
+CREATE TABLE events (id INTEGER PRIMARY KEY, at_wall_ns INTEGER, kind TEXT, detail TEXT);
+INSERT INTO decisions VALUES (7, 1, '00000000000000ff', 'p', 'r', 'max_running', 'all', 8.0, 4.0, 'applied',
+    'why', '{"x": 1.5}', 0.25);
+INSERT INTO effects VALUES (NULL, 1, 'p', 'r', 'x', 'falls 10%', 2.0, 1.0, 1, 'measured');
+PRAGMA user_version=1;
+"""
+
+
+def test_a_journal_of_the_first_format_is_read_and_brought_to_this_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    old = sqlite3.connect(path)
+    old.executescript(FIRST_FORMAT)
+    old.close()
+    assert read_past(path, 255, 0, 1).decisions[0].reason == "why", "as it is, by whoever only reads"
+    store = JournalStore(path)
+    (row,) = store.decisions(5)
+    assert (row.number, row.inputs, row.ages, row.phase, row.claims) == (7, {"x": 1.5}, {}, None, ())
+    assert row.confirmed_after_s == 0.25
+    assert store.effects(1)[0].number is None
+    claims = ({"rule": "p/r", "scope": "all", "value": 4.0, "by": None},)
+    store.write([replace(decision(8), ages={"x": 0.1}, phase="active", phase_s=2.0, claims=claims, text="k")])
+    store.close()
+    again = JournalStore(path)
+    assert again.decision(8) == replace(
+        decision(8),
+        inputs={"x": 1.5, "y": "missing: too_old", "tte": "inf"},
+        ages={"x": 0.1}, phase="active", phase_s=2.0, claims=claims, text="k",
+    )  # fmt: skip
+    assert read_past(path, 255, 0, 1).decisions == (row,)
+
+
+def test_a_rules_text_is_kept_once(store: JournalStore) -> None:
+    first = RuleRecord("k", 1, "p", "r", {"when": "x > 1"})
+    store.write([first, RuleRecord("k", 2, "p", "r", {"when": "x > 1"}), RuleRecord("l", 3, "p", "r", {})])
+    assert store.rule("k") == first
+    assert store.rule("m") is None
+
+
 def test_another_format_is_refused(store: JournalStore) -> None:
     store.close()
     other = sqlite3.connect(store.path)
     other.execute("PRAGMA user_version=99")
     other.close()
-    with pytest.raises(JournalError, match="format 99, this kvpilot knows 1"):
+    with pytest.raises(JournalError, match="format 99, this kvpilot knows 2"):
         JournalStore(store.path)
 
 

@@ -202,3 +202,35 @@ def test_a_path_that_cannot_be_is_one_clear_line(world: World, tmp_path: Path) -
     path = tmp_path / ("x" * 200)
     with pytest.raises(SocketError, match=r"write another as `socket: FILE`"):
         asyncio.run(socket_of(world, path).open())
+
+
+@pytest.mark.parametrize("scope", ["all", "classAtMost=0", "tenant=acme"])
+def test_a_person_may_grant_credits_where_there_is_a_valve(world: World, scope: str) -> None:
+    order = over(knob="admission_credits", value=500, scope=scope)
+    assert "no knob 'admission_credits'" in answer(world, order)["error"]
+    valve = MemoryValve(world)
+    world.ticks(2)
+    assert answer(world, order) == {"ok": True}
+    for _ in range(3):
+        world.tick()
+        valve.look()
+    (echo,) = valve.law.echoes(world.clock.monotonic_ns())
+    assert (echo.knob, echo.value, echo.order) == ("admission_credits", 500.0, True)
+    assert answer(world, {**order, "value": None}) == {"ok": True}
+    world.tick()
+    valve.look()
+    assert valve.law.echoes(world.clock.monotonic_ns()) == []
+
+
+@pytest.mark.parametrize(
+    ("order", "error"),
+    [
+        (over(knob="admission_credits", value=-1), "takes 0 to 1.07374e+09"),
+        (over(knob="prompt_bytes_per_token", value=0), "takes 0.25 to 1024"),
+        (over(knob="prompt_bytes_per_token", value=3, scope="tenant=acme"), "takes no scope"),
+    ],
+)
+def test_senseless_credits_are_refused(world: World, order: dict[str, Any], error: str) -> None:
+    MemoryValve(world)
+    world.ticks(2)
+    assert error in answer(world, order)["error"]

@@ -70,6 +70,15 @@ def test_a_file_named_off_in_the_policy_directory_is_off(tmp_path: Path) -> None
         given.turn(False, "", "kim")
 
 
+def test_a_shadowing_configuration_is_off_until_it_is_changed() -> None:
+    given = Orders(VirtualClock(), [].append, shadow=True)
+    assert given.off is not None
+    assert "shadow: true" in given.off.why
+    with pytest.raises(OrderError, match="still off: remove `shadow: true`"):
+        given.turn(False, "", "kim")
+    assert given.off is not None
+
+
 @pytest.mark.parametrize(
     ("knob", "scope", "value", "for_s", "why", "message"),
     [

@@ -13,7 +13,7 @@ from kvpilot.config import Arm
 from kvpilot.journal.records import DecisionRecord, EventRecord, VerdictRecord
 from kvpilot.link.controls import Scope, newest_slot
 from kvpilot.pilot import TICK_NS, fly
-from kvpilot.policy.outcome import LeaseWish
+from kvpilot.policy.lease import LeaseWish
 
 SHED = "{knob: shed_fraction, set: 0.5, scope: {classAtMost: 0}}"
 
@@ -137,6 +137,7 @@ def test_a_restarted_engine_begins_with_empty_windows_and_unarmed() -> None:
     assert tick.inputs["guard", "x"].reason == "restarted"  # type: ignore[union-attr]
     assert tick.leases == ()
     assert world.knob("prefill_chunk_tokens") == 512
+    world.tick()
     tick = world.ticks(3, preemptions_total=50)
     assert not tick.armed
     assert tick.leases == ()

@@ -1,11 +1,15 @@
 """The policy directory: content decides whether it is looked at again, and a bad set is tried once."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pilot_world import policy
 
 from kvpilot.clock import VirtualClock
+from kvpilot.policy import files
 from kvpilot.policy.load import PolicyErrors, load_policies
 from kvpilot.policy_directory import PolicyDirectory, shipped
 
@@ -41,6 +45,52 @@ def test_a_swap_by_symbolic_link_is_a_change(tmp_path: Path) -> None:
     changed = directory.load_if_changed()
     assert changed is not None
     assert changed.policies[0].name == "two"
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    """Let something happen once, after the first file of the next look was read."""
+    read, left = files._read, [happens]
+
+    def reading(*arguments: Any) -> bytes | None:
+        raw = read(*arguments)
+        if left:
+            left.pop()()
+        return raw
+
+    monkeypatch.setattr(files, "_read", reading)
+
+
+def named(version: str) -> dict[str, str]:
+    return {f"{name}.yaml": policy(f"{name}-{version}") for name in ("a", "b", "c")}
+
+
+@pytest.mark.parametrize("mounted", [True, False], ids=["a ConfigMap", "a plain directory"])
+def test_a_swap_while_it_is_read_gives_the_one_version_or_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool
+) -> None:
+    def write(version: str) -> None:
+        place = tmp_path / f"..{version}" if mounted else tmp_path
+        place.mkdir(exist_ok=True)
+        for name, text in named(version).items():
+            (place / name).write_text(text)
+        if mounted:
+            (tmp_path / "..new").symlink_to(place.name)
+            (tmp_path / "..new").rename(tmp_path / "..data")
+
+    def swap() -> None:
+        write("two")
+        if mounted:
+            shutil.rmtree(tmp_path / "..one")
+
+    write("one")
+    directory = PolicyDirectory(tmp_path, [], VirtualClock())
+    assert [each.name for each in directory.load().policies] == ["a-one", "b-one", "c-one"]
+    write("one")
+    (tmp_path / ("..one" if mounted else ".") / "c.yaml").write_text(policy("c-changed"))
+    meanwhile(monkeypatch, swap)
+    taken = directory.load_if_changed()
+    assert taken is not None
+    assert [each.name for each in taken.policies] == ["a-two", "b-two", "c-two"]
 
 
 def test_a_bad_set_is_reported_once_and_good_again_when_it_is_mended(directory: PolicyDirectory) -> None:

@@ -1,6 +1,7 @@
 """What the outside sees: metrics that parse and leave out what is missing, status, health; read-only."""
 
 import asyncio
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -8,28 +9,34 @@ from typing import Any
 import httpx
 import pytest
 from pilot_world import MemoryValve, World, policy
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
+from rich.console import Console
 
 from kvpilot.alerts.outbox import Outbox
 from kvpilot.api.http import HttpError, build_app, listen
 from kvpilot.clock import NS
 from kvpilot.flight import Flight
+from kvpilot.journal.records import format_scope
 from kvpilot.journal.store import JournalStore
 from kvpilot.journal.writer import JournalWriter
+from kvpilot.link.controls import Scope
 from kvpilot.policy_directory import PolicyDirectory
-from kvpilot.publish.prometheus import BUCKETS_S, metric_name
+from kvpilot.publish.prometheus import BUCKETS_S, PilotCollector, metric_name
+from kvpilot.publish.status import status
+from kvpilot.publish.terminal import render
 from kvpilot.signals import SIGNALS
 
 
-def flight(world: World, folder: Path) -> Flight:
+def flight(world: World, folder: Path, rank: int = 0) -> Flight:
     return Flight(
         "lab",
         world.pilot,
         PolicyDirectory(folder, ["batch"], world.clock),
         Outbox({}, "http://pilot"),
         JournalWriter(JournalStore(folder / "journal.sqlite")),
+        rank,
     )
 
 
@@ -140,6 +147,52 @@ def test_exported_buckets_hold_what_lies_below_them() -> None:
     assert pairs["+Inf"] == len(durations)
 
 
+def test_a_pilot_of_another_rank_labels_everything_with_it(flown: World, tmp_path: Path) -> None:
+    collector = PilotCollector(flight(flown, tmp_path, rank=3))
+    labels = [sample.labels for family in collector.collect() for sample in family.samples]
+    assert len(labels) > 100
+    assert all(each["rank"] == "3" for each in labels)
+    assert not any("rank" in dict(labels) for _, labels in samples(flown, tmp_path))
+    # An exposition takes what was collected once more through its own format.
+    registry = CollectorRegistry()
+    registry.register(collector)
+    text = generate_latest(registry).decode()
+    assert 'kvpilot_engine_state{engine="lab",rank="3",state="live"} 1.0' in text
+    described = status(flight(flown, tmp_path, rank=3))
+    assert "lab rank 3: live" in rendered(described)
+
+
+def test_an_engine_in_trouble_is_seen_everywhere(flown: World, tmp_path: Path) -> None:
+    flown.pages.engines[-1].alive = False
+    for _ in range(30):
+        flown.only_tick()
+    found = samples(flown, tmp_path)
+    assert found[key("kvpilot_engine_state", engine="lab", state="dead")] == 1
+    assert found[key("kvpilot_engine_restarts_total", engine="lab")] == 0
+    alert = {"engine": "lab", "alertname": "KvpilotEngineDead", "severity": "critical"}
+    assert found[key("kvpilot_alert_firing", **alert)] == 1
+    assert found[key("kvpilot_valve_processes", engine="lab", state="silent")] == 1
+    assert found[key("kvpilot_valve_processes", engine="lab", state="writing")] == 0
+    described = status(flight(flown, tmp_path))
+    assert described["engine"]["ended"].startswith("vanished without a word")
+    assert [each["name"] for each in described["alerts"]] == ["KvpilotEngineDead"]
+    shown = rendered(described)
+    assert "lab: dead" in shown
+    assert "KvpilotEngineDead for " in shown
+    assert "1 of 1 valves do not write their page" in shown
+    flown.start_engine()
+    flown.ticks(1, running=1)
+    found = samples(flown, tmp_path)
+    assert found[key("kvpilot_engine_restarts_total", engine="lab")] == 1
+    assert key("kvpilot_alert_firing", **alert) not in found
+
+
+def rendered(described: dict[str, Any]) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(described))
+    return console.export_text()
+
+
 def test_infinity_is_a_number_in_metrics_and_text_in_json(tmp_path: Path) -> None:
     world = World(policy())
     world.start_engine()
@@ -147,6 +200,18 @@ def test_infinity_is_a_number_in_metrics_and_text_in_json(tmp_path: Path) -> Non
     assert math.isinf(samples(world, tmp_path)[key("kvpilot_kv_time_to_exhaustion_seconds", engine="lab")])
     described: dict[str, Any] = get(world, tmp_path, "/status").json()
     assert described["signals"]["forecast.kv_exhaustion_seconds"]["value"] == "+Inf"
+
+
+def test_people_are_shown_how_far_a_forecast_may_be_off(tmp_path: Path) -> None:
+    world = World()
+    world.start_engine()
+    for step in range(20):
+        world.tick(running=1, kv_blocks_free=90 - 2 * step - step % 3)
+    signals = status(flight(world, tmp_path))["signals"]
+    forecast = signals["forecast.kv_exhaustion_seconds"]
+    assert 0 < forecast["p10"] < forecast["value"] < forecast["p90"]
+    assert "p10" not in signals["kv_occupancy"], "what is measured has no band"
+    assert "p10" not in signals["forecast.step_seconds"], "nor has what is missing"
 
 
 def test_health_is_the_turning_of_the_loop(flown: World, tmp_path: Path) -> None:
@@ -172,3 +237,28 @@ def test_a_port_that_is_taken_is_one_clear_line() -> None:
     assert str(caught.value) == (
         f"http 127.0.0.1:{port}: Address already in use: write another address as `api: {{port: N}}`"
     )
+
+
+def test_what_valves_turn_away_and_why_and_what_is_left(tmp_path: Path) -> None:
+    world = World()
+    world.start_engine()
+    valve = MemoryValve(world)
+    order = world.pilot.orders.override
+    order("admission_credits", Scope("class_at_most", 0), 100.0, 600, "test", "me", None)
+    for _ in range(3):
+        world.tick(running=1)
+        valve.look()
+    valve.writer.shed(0, "acme", 400, "credits", 100)
+    valve.law.admit(0, "", 120, world.clock.monotonic_ns())
+    valve.look()
+    world.ticks(1.5)
+    found = samples(world, tmp_path)
+    shed = {"engine": "lab", "class": "batch"}
+    assert found[key("kvpilot_valve_shed_total", **shed, reason="credits")] == 1
+    assert found[key("kvpilot_valve_shed_total", **shed, reason="fraction")] == 0
+    assert found[key("kvpilot_valve_credits_left_tokens", **shed)] == 70
+    assert key("kvpilot_valve_credits_left_tokens", engine="lab", **{"class": "interactive"}) not in found
+    lease = {"engine": "lab", "knob": "admission_credits", "scope": format_scope(Scope("class_at_most", 0))}
+    assert found[key("kvpilot_valve_lease_value", **lease)] == 100
+    assert found[key("kvpilot_offered_prompt_tokens_total", **shed)] == 100
+    assert status(flight(world, tmp_path))["engine"]["credits_left"] == {"batch": 70}

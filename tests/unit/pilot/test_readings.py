@@ -6,13 +6,15 @@ from pilot_world import MemoryValve, World, manifest
 from kvpilot.adapters.readings import DERIVED, FIELD_OF, HISTOGRAM_OF
 from kvpilot.adapters.valves import VALVE_SIGNALS
 from kvpilot.adapters.windows import Reading
-from kvpilot.link.fields import STEP_FIELDS
-from kvpilot.pilot import EXHAUSTION
+from kvpilot.forecast.outlook import FORECAST_SIGNALS
+from kvpilot.link.fields import HORIZONS, STEP_FIELDS
 from kvpilot.signals import SIGNALS, Missing
+
+DEMAND = tuple(f"demand_{horizon}_p90_blocks" for horizon in HORIZONS)
 
 
 def test_every_signal_has_exactly_one_source() -> None:
-    sources = [*FIELD_OF, *DERIVED, *HISTOGRAM_OF, *VALVE_SIGNALS, EXHAUSTION[0]]
+    sources = [*FIELD_OF, *DERIVED, *HISTOGRAM_OF, *VALVE_SIGNALS, *FORECAST_SIGNALS]
     assert sorted(sources) == sorted(SIGNALS)
     assert set(FIELD_OF.values()) <= set(STEP_FIELDS)
 
@@ -20,19 +22,28 @@ def test_every_signal_has_exactly_one_source() -> None:
 def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
     world = World()
     names = (*FIELD_OF.values(), "time_ns", "duration_ns", "tail_waste_tokens", "accepted_tokens_total")
-    world.start_engine(manifest(tuple(dict.fromkeys(names))))
+    world.start_engine(manifest(tuple(dict.fromkeys((*names, *DEMAND)))))
     MemoryValve(world)
     assert world.hook is not None
     for level in (0, 1):
         world.hook.set_class(level, 0, 0)
-    world.tick(running=1, kv_blocks_free=60, kv_blocks_cached=10, tail_waste_tokens=48, device_free_bytes=5e6)
+    world.tick(
+        running=1,
+        kv_blocks_free=60,
+        kv_blocks_cached=10,
+        tail_waste_tokens=48,
+        device_free_bytes=5e6,
+        demand_64_p90_blocks=120,
+    )
     latest = world.pilot.board.latest
-    assert {name for (name, _), reading in latest.items() if isinstance(reading, Missing)} == {EXHAUSTION[0]}
+    absent = {name for (name, _), reading in latest.items() if isinstance(reading, Missing)}
+    assert absent <= set(FORECAST_SIGNALS), "forecasts take more than one record"
     value = {
         name: reading.value for (name, c), reading in latest.items() if isinstance(reading, Reading) and not c
     }
     assert value["kv_occupancy"] == 0.3
     assert value["kv_demand_ratio"] == 0.3, "nothing waits"
+    assert value["kv_peak_ratio"] == 1.2
     assert value["tail_waste_ratio"] == 48 / (30 * 16)
     assert value["device_headroom_tokens"] == 5000
 
@@ -73,3 +84,16 @@ def test_demand_is_missing_where_a_part_of_it_is(absent: str) -> None:
     world.start_engine(manifest(fields))
     world.tick(running=1)
     assert world.pilot.board.latest["kv_demand_ratio", None] == Missing("not_provided")
+
+
+def test_the_predicted_peak_is_never_below_what_is_held_and_is_missing_without_a_prediction() -> None:
+    world = World()
+    world.start_engine(manifest(("time_ns", "steps_total", "running", "waiting", "kv_blocks_free", *DEMAND)))
+    world.tick(running=1, kv_blocks_free=20, demand_16_p90_blocks=70, demand_256_p90_blocks=30)
+    reading = world.pilot.board.latest["kv_peak_ratio", None]
+    assert isinstance(reading, Reading)
+    assert reading.value == 0.8
+    bare = World()
+    bare.start_engine(manifest(("time_ns", "steps_total", "running", "waiting", "kv_blocks_free")))
+    bare.tick(running=1, kv_blocks_free=20)
+    assert bare.pilot.board.latest["kv_peak_ratio", None] == Missing("not_provided")
