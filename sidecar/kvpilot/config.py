@@ -20,7 +20,7 @@ from kvpilot.policy.source import Problem, Source
 
 MOST_RANKS = 1_024
 
-RESERVED_CLASS_NAMES = ("itl", "ttft", "lowest")
+RESERVED_CLASS_NAMES = ("itl", "ttft", "lowest", "highest")
 """`slo.itl` and `slo.ttft` are the tightest over classes, `slo.lowest` is the lowest class: no class may take
 these names."""
 

@@ -121,6 +121,7 @@ SIGNALS: dict[str, Signal] = _table(
     Signal("forecast.queue_wait_p90_seconds", "gauge", "seconds", (0.0, _INF), "pilot", "The same, late: one time in ten it is longer.", True),
     Signal("forecast.ttft_miss_ratio", "gauge", "ratio", _RATIO, "pilot", "Probability that a request that comes now misses its class's TTFT; without class: of the lowest.", True),
     Signal("forecast.ttft_ratio", "gauge", "ratio", (0.0, _INF), "pilot", "Predicted time to the first token of a request that comes now, over its class's target; of the class for which that is worst."),
+    Signal("forecast.wait_ratio", "gauge", "ratio", (0.0, _INF), "pilot", "Predicted wait of a request that comes now, over its class's TTFT target; of the class for which that is worst. 0 while nobody waits."),
     Signal("forecast.service_tokens_per_second", "gauge", "tokens", _COUNT, "pilot", "Prompt tokens a second that the engine serves while requests wait."),
     Signal("forecast.step_seconds", "gauge", "seconds", _LATENCY, "pilot", "Time of the mean step of late, by the step-time model."),
     Signal("forecast.step_p97_seconds", "gauge", "seconds", _LATENCY, "pilot", "Time that 97 in 100 such steps do not exceed."),

@@ -126,6 +126,7 @@ class Forecaster:
             {name: waiting.get(name, 0.0) for name in names},
             overtaking(arrivals, names) if in_order else {},
             {name: tokens for name, tokens in own.items() if tokens},
+            {name: ttft_s for name in names if (ttft_s := self._ttft_s(name)) is not None},
             in_order,
             self._requests_on_the_way(manifest) * (arrivals.request_tokens() or 0.0),
         )
@@ -150,14 +151,12 @@ class Forecaster:
             found["forecast.queue_wait_seconds", klass] = wait
             found["forecast.queue_wait_p90_seconds", klass] = wait if isinstance(wait, Missing) else wait.p90
             found["forecast.ttft_miss_ratio", klass] = miss
-        ratios = [
-            queue.ttft_ratio(name, ttft_s)
-            for name in queue.waiting
-            if (ttft_s := self._ttft_s(name)) is not None
-        ]
-        known = [ratio for ratio in ratios if not isinstance(ratio, Missing)]
-        worst = max(known) if known else next(iter(ratios), NOT_PROVIDED)
-        found["forecast.ttft_ratio", None] = worst if told else NOT_PROVIDED
+        for signal, of_class in (
+            ("forecast.ttft_ratio", queue.ttft_ratio),
+            ("forecast.wait_ratio", queue.wait_ratio),
+        ):
+            worst = _worst([of_class(name, ttft_s) for name, ttft_s in queue.promises.items()])
+            found[signal, None] = worst if told else NOT_PROVIDED
         rate, band = queue.rate, queue.service.band
         found["forecast.service_tokens_per_second", None] = (
             rate if isinstance(rate, Missing) else Estimate(rate / band.p90, rate / band.p50, rate / band.p10)
@@ -249,6 +248,12 @@ def _kind(manifest: Manifest) -> tuple[object, ...]:
         manifest.block_size,
         tuple(each.name for each in manifest.fields),
     )
+
+
+def _worst(ratios: Sequence[float | Missing]) -> float | Missing:
+    """The largest that is known; where none is, why."""
+    known = [ratio for ratio in ratios if not isinstance(ratio, Missing)]
+    return max(known) if known else next(iter(ratios), NOT_PROVIDED)
 
 
 def _in_force(record: StepRecord) -> int:

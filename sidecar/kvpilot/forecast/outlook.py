@@ -40,6 +40,7 @@ FORECAST_SIGNALS = (
     "forecast.queue_wait_p90_seconds",
     "forecast.ttft_miss_ratio",
     "forecast.ttft_ratio",
+    "forecast.wait_ratio",
     "forecast.service_tokens_per_second",
     "forecast.step_seconds",
     "forecast.step_p97_seconds",

@@ -32,6 +32,8 @@ class QueueForecast:
     """Prompt tokens per second that come with higher classes, by class."""
     own_tokens: Mapping[str, float] = field(default_factory=dict)
     """Prompt tokens of a typical request, by class."""
+    promises: Mapping[str, float] = field(default_factory=dict)
+    """TTFT targets in seconds, by class."""
     by_class: bool = True
     """Whether higher classes are served first."""
     on_the_way: float = 0.0
@@ -64,9 +66,17 @@ class QueueForecast:
         seconds = self._seconds(name, self._ahead(name) + (own or 0.0))
         return seconds if isinstance(seconds, Missing) else seconds / ttft_s
 
+    def wait_ratio(self, name: str, ttft_s: float) -> float | Missing:
+        """Predicted wait to be admitted of such a request, over its target: 0 while nobody is ahead."""
+        seconds = self._seconds(name, self._ahead(name))
+        return seconds if isinstance(seconds, Missing) else seconds / ttft_s
+
     def credits(self, name: str, ttft_s: float) -> float | Missing:
         """Prompt tokens of this class and below that can still be served within `ttft_s`. A margin, for
         errors that cost more on one side than on the other, is the caller's to take from the target.
+
+        Where requests are served as they come, what is let in of one class is ahead of everybody who comes
+        later: the target is scaled to what the most pressing class was promised.
 
         Clients that give up make waits shorter than the rate says; nobody is let in on the strength of that.
         """
@@ -74,9 +84,17 @@ class QueueForecast:
             return Missing("not_provided")
         if isinstance(self.rate, Missing):
             return self.rate
-        promised = sum(self.waiting.values()) + self.on_the_way
+        promised = self._ahead(name) + self.on_the_way
         left = max(0.0, self.rate - self.overtaking.get(name, 0.0))
-        return max(0.0, left * ttft_s / max(1.0, self.service.band.p50) - promised)
+        within_s = ttft_s * self._press(name)
+        return max(0.0, left * within_s / max(1.0, self.service.band.p50) - promised)
+
+    def _press(self, name: str) -> float:
+        """The tightest promise over this class's, where all wait in one queue; at most 1."""
+        own = self.promises.get(name)
+        if self.by_class or not own:
+            return 1.0
+        return min(1.0, min(self.promises.values()) / own)
 
     def _ahead(self, name: str) -> float:
         names = list(self.waiting)

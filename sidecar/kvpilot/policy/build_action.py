@@ -106,7 +106,7 @@ def _solve(findings: Findings, path: Path, given: SolveModel, knob: Knob | None)
             findings.at(path, "ttft needs a `class`, such as `class: lowest`", key=True)
         return None
     if given.klass is not None:
-        findings.klass((*path, "class"), given.klass, lowest=True)
+        findings.klass((*path, "class"), given.klass, ends=True)
     target = targets[name]
     if isinstance(target, str):
         expression = findings.expression((*path, name), target, "number", fixed=True)

@@ -70,7 +70,7 @@ class Context:
     overrides: tuple[Override, ...] = ()
     forecasts: Forecasts = field(default_factory=Forecasts)
     classes: tuple[str, ...] = ()
-    """Names, lowest first: what `lowest` means to a model."""
+    """Names, lowest first: what `lowest` and `highest` mean to a model."""
     top_tenant: str | Missing | None = _NOT_PROVIDED
     """Who holds most KV memory; None while nobody does."""
     offered: float | Missing = _NOT_PROVIDED

@@ -108,7 +108,7 @@ class Token(NamedTuple):
     offset: int
 
 
-LOWEST = "lowest"
+LOWEST, HIGHEST = "lowest", "highest"
 """`slo.lowest.ttft` is the target of the lowest class, whatever its name: shipped policies know no names."""
 
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from kvpilot.knobs import KNOBS, Knob
-from kvpilot.policy.expr import LOWEST, Expression, ExpressionError, Wanted, compile_expression
+from kvpilot.policy.expr import HIGHEST, LOWEST, Expression, ExpressionError, Wanted, compile_expression
 from kvpilot.policy.source import Path, Problem, Source
 from kvpilot.signals import Signal
 
@@ -47,11 +47,11 @@ class Findings:
             self.at(path, f"unknown knob '{name}'{did_you_mean(name, KNOBS)}")
         return knob
 
-    def klass(self, path: Path, name: str, lowest: bool = False) -> None:
-        """A class must be configured; `lowest`, where it is allowed, always is."""
-        if self.classes is None or name in self.classes or (lowest and name == LOWEST):
+    def klass(self, path: Path, name: str, ends: bool = False) -> None:
+        """A class must be configured; `lowest` and `highest`, where they are allowed, always are."""
+        known = [*(self.classes or ()), LOWEST, HIGHEST] if ends else self.classes
+        if self.classes is None or known is None or name in known:
             return
-        known = [*self.classes, LOWEST] if lowest else self.classes
         self.at(path, f"unknown class '{name}'{did_you_mean(name, known)}")
 
     def plausible(self, path: Path, value: float, knob: Knob) -> None:

@@ -89,7 +89,7 @@ class SolveModel(_Model):
     klass: str | None = Field(
         default=None,
         alias="class",
-        description="With `ttft`: the class and all below it; `lowest` is the lowest class.",
+        description="With `ttft`: the class and all below it; `lowest` and `highest` are the ends.",
     )
 
 

@@ -3,10 +3,10 @@
 import math
 
 from kvpilot.policy.context import Context
+from kvpilot.policy.expr import HIGHEST, LOWEST
 from kvpilot.policy.rules import Solve
 from kvpilot.signals import Missing
 
-LOWEST_CLASS = "lowest"
 MODEL_OF = {True: "the step-time model", False: "the service rate"}
 """What is missing, in words: by whether a chunk is solved for."""
 
@@ -18,8 +18,14 @@ def solve(wanted: Solve, target_s: float, context: Context) -> float | Missing:
     if wanted.klass is None:
         value = context.forecasts.chunk_for(target_s)
     else:
-        lowest = wanted.klass == LOWEST_CLASS and context.classes
-        value = context.forecasts.credits(context.classes[0] if lowest else wanted.klass, target_s)
+        value = context.forecasts.credits(_name(wanted.klass, context), target_s)
     if isinstance(value, Missing):
         return value
     return Missing("not_finite") if math.isnan(value) else value
+
+
+def _name(klass: str, context: Context) -> str:
+    """What the engine calls the class."""
+    if not context.classes:
+        return klass
+    return {LOWEST: context.classes[0], HIGHEST: context.classes[-1]}.get(klass, klass)

@@ -28,6 +28,7 @@ FORECAST_NEEDS: dict[str, tuple[str, ...]] = {
     "forecast.queue_wait_p90_seconds": ("waiting_prompt_tokens",),
     "forecast.ttft_miss_ratio": ("waiting_prompt_tokens",),
     "forecast.ttft_ratio": ("waiting_prompt_tokens",),
+    "forecast.wait_ratio": ("waiting_prompt_tokens",),
     "forecast.service_tokens_per_second": ("prefill_tokens",),
     "forecast.step_seconds": ("steps", "prefill_tokens"),
     "forecast.step_p97_seconds": ("steps", "prefill_tokens"),

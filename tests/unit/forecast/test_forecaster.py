@@ -255,6 +255,7 @@ def test_a_few_steps_are_too_few() -> None:
                 "forecast.queue_wait_p90_seconds",
                 "forecast.ttft_miss_ratio",
                 "forecast.ttft_ratio",
+                "forecast.wait_ratio",
                 "forecast.service_tokens_per_second",
             },
         ),

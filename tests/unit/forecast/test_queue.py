@@ -170,7 +170,7 @@ def test_credits_of_a_class_leave_out_what_higher_ones_need() -> None:
         service.observe(tick * 0.1, tick * 800.0, 5000.0)
     forecast = QueueForecast(8000.0, service, {"batch": 4000.0, "interactive": 1000.0}, {"batch": 3000.0}, {})
     middle = service.band.p50
-    assert forecast.credits("interactive", 2.0) == pytest.approx(16000 / middle - 5000)
+    assert forecast.credits("interactive", 2.0) == pytest.approx(16000 / middle - 1000)
     assert forecast.credits("batch", 2.0) == pytest.approx(10000 / middle - 5000)
     assert forecast.credits("batch", 0.1) == 0.0
     assert forecast.credits("nobody", 2.0) == Missing("not_provided")
@@ -178,6 +178,25 @@ def test_credits_of_a_class_leave_out_what_higher_ones_need() -> None:
     wait = flooded.wait("batch")
     assert isinstance(wait, Estimate)
     assert math.isinf(wait.p50)
+
+
+def test_in_one_queue_credits_of_any_class_keep_the_tightest_promise() -> None:
+    """What is let in of the lowest class is ahead of everybody who comes later."""
+    service = ServiceRate()
+    for tick in range(40):
+        service.observe(tick * 0.1, tick * 800.0, 5000.0)
+    waiting, promises = {"batch": 500.0, "interactive": 300.0}, {"batch": 8.0, "interactive": 2.0}
+    forecast = QueueForecast(8000.0, service, waiting, promises=promises, by_class=False)
+    middle = service.band.p50
+    assert forecast.credits("batch", 0.5 * 8.0) == pytest.approx(8000.0 * 0.5 * 2.0 / middle - 800)
+    assert forecast.credits("interactive", 2.0) == pytest.approx(8000.0 * 2.0 / middle - 800)
+
+
+def test_the_wait_over_the_promise_is_nothing_while_nobody_waits_and_else_unknown_without_a_rate() -> None:
+    service, rate = ServiceRate(), Missing("no_samples")
+    assert QueueForecast(rate, service, {"batch": 0.0}).wait_ratio("batch", 2.0) == 0.0
+    assert QueueForecast(rate, service, {"batch": 9.0}).wait_ratio("batch", 2.0) == rate
+    assert QueueForecast(4000.0, service, {"batch": 4000.0}).wait_ratio("batch", 2.0) == 0.5
 
 
 def test_forecasts_that_were_off_move_the_band() -> None:
