@@ -10,9 +10,9 @@ from typing import Any
 from kvpilot.journal.past import opened
 from kvpilot.journal.records import DecisionRecord, EffectRecord
 from kvpilot.journal.store import JournalError, decision_of, decisions_query, effects_query, rule_of
+from kvpilot.policy.tokens import NAME, variable_of
 
 _CONDITION = re.compile(r"(?:when|until|no longer): ([^;]+)")
-_NAME = re.compile(r"[A-Za-z_]\w*(?:\s*\.\s*[A-Za-z_]\w*)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +88,14 @@ def _filled(condition: str, decision: DecisionRecord, rule: Mapping[str, Any] | 
     slo = rule.get("slo", {}) if rule is not None else {}
 
     def value(name: re.Match[str]) -> str:
-        key = re.sub(r"\s+", "", name[0])
+        key = variable_of(name[0])
         found = decision.inputs.get(key, slo.get(key))
         if found is None:
             return name[0]
         return f"{found:.4g}" if isinstance(found, float | int) else f"({found})"
 
     # What follows a digit is an exponent: 1e-3.
-    return re.sub(rf"(?<![\w.]){_NAME.pattern}", value, condition)
+    return re.sub(rf"(?<![\w.])(?:{NAME})", value, condition)
 
 
 def now(explained: Explained, status: Mapping[str, Any]) -> Now:

@@ -31,6 +31,7 @@ from kvpilot.policy.rules import (
 )
 from kvpilot.policy.schema import Input, OnMissingModel, PolicyFile, RuleModel, Spec
 from kvpilot.policy.source import Path, Problem, Source
+from kvpilot.policy.tokens import RESERVED
 from kvpilot.signals import AGGREGATIONS, SIGNALS, Signal
 
 PROTECTIVE_PRIORITY = 1000
@@ -41,12 +42,6 @@ UNDOABLE = ("prefill_chunk_tokens", "step_token_budget", "speculative_tokens")
 is no sign that the protection can go."""
 _OF_WHEN = ("until", "for", "keepFor", "cooldown", "do", "recover", "protective")
 """Keys of a rule that mean nothing beside `choose`."""
-
-_RESERVED_WORDS = (
-    "slo true false null in as break const continue else for function if import let loop package namespace "
-    "return var void while bool bytes double duration dyn int list map string timestamp type uint"
-)
-_RESERVED = frozenset(_RESERVED_WORDS.split())
 
 
 class Builder:
@@ -111,7 +106,7 @@ class Builder:
 
     def _input(self, name: str, given: Input) -> InputSpec:
         path: Path = ("spec", "inputs", name)
-        if name in _RESERVED:
+        if name in RESERVED:
             self._at(path, f"'{name}' is a reserved word", key=True)
         signal = SIGNALS.get(given.signal)
         self._findings.signals[name] = signal

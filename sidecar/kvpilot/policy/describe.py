@@ -9,6 +9,7 @@ from kvpilot.policy.context import Slo
 from kvpilot.policy.expr import Expression
 from kvpilot.policy.quantity import format_duration
 from kvpilot.policy.rules import TOP_TENANT, Action, InputSpec, Policy, Rule, Solve
+from kvpilot.policy.tokens import slo_target
 
 _SCOPES = {"class_at_most": "classAtMost", "tenant": "tenant"}
 
@@ -108,15 +109,13 @@ def _names(rule: Rule) -> set[str]:
 
 
 def _slo(slo: Slo, name: str) -> float | None:
-    value: float | Mapping[str, float] | None
-    match name.split("."):
-        case ["slo", target]:
-            value = slo.get(target)
-        case ["slo", klass, target]:
-            of_class = slo.get(klass)
-            value = of_class.get(target) if isinstance(of_class, Mapping) else None
-        case _:
-            return None
+    found = slo_target(name)
+    if found is None:
+        return None
+    klass, target = found
+    value = slo.get(target if klass is None else klass)
+    if klass is not None:
+        value = value.get(target) if isinstance(value, Mapping) else None
     return None if isinstance(value, Mapping) else value
 
 

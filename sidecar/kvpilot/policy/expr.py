@@ -9,15 +9,25 @@ type counts as an answer.
 """
 
 import difflib
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from cel_expr_python import cel
 
+from kvpilot.policy.thresholds import implausible
+from kvpilot.policy.tokens import (
+    SLO_TARGETS,
+    ExpressionError,
+    Fault,
+    Token,
+    cel_name,
+    slo_target,
+    slo_variable,
+    tokenize,
+)
 from kvpilot.signals import Missing, Signal
 
 MAX_LENGTH = 500
@@ -26,36 +36,10 @@ Wanted = Literal["bool", "number"]
 Reading = float | Missing
 
 _NUMBERS = (float, int)
-_SLO_TARGETS = ("itl", "ttft")
-_SLO_PLAUSIBLE = (0.0, 1000.0)
-_COMPARISONS = {"<", "<=", ">", ">=", "==", "!="}
-_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
-_EDGES = {"(", ")", "&&", "||", "!", "?", ":", ""}
 _RESULT_TYPES = {"bool": (cel.Type.BOOL,), "number": (cel.Type.DOUBLE, cel.Type.INT)}
-_TOKENS = re.compile(
-    r"(?P<space>\s+|//[^\n]*)"
-    r"|(?P<float>(?:\d+\.\d+|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)"
-    r"|(?P<int>\d+)"
-    r"|(?P<name>[A-Za-z_]\w*(?:\s*\.\s*[A-Za-z_]\w*)*)"
-    r"|(?P<operator>&&|\|\||[<>=!]=|[-+*/%<>!?:().])",
-    re.ASCII,
-)
 _CEL_ERROR = re.compile(r"ERROR: <input>:(\d+):(\d+): (.*)")
-
-
-class Fault(NamedTuple):
-    """What is wrong with an expression, and at which character of it."""
-
-    offset: int
-    message: str
-
-
-class ExpressionError(ValueError):
-    """The text is no valid expression; `faults` says all that is wrong with it."""
-
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        super().__init__("; ".join(fault.message for fault in faults))
-        self.faults = tuple(faults)
+_DASHED = re.compile(r"\bslo\.([-\w.]*-[-\w.]*)\.(itl|ttft)\b", re.ASCII)
+"""A class's target that CEL reads as a subtraction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +51,8 @@ class Expression:
     """Every variable it names, sorted: if one is missing, so is the result."""
     wanted: Wanted
     program: Any = field(compare=False, repr=False)
+    spelt: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
+    """Variables that the program knows by another name, with that name."""
 
     def missing(self, readings: Mapping[str, Reading]) -> tuple[str, Missing] | None:
         """The first variable without a usable value, and why; None when all are there."""
@@ -90,6 +76,8 @@ class Expression:
                 assert absent is not None, "this one is"
                 return absent[1]
             data[name] = reading
+        for name, spelling in self.spelt:
+            data[spelling] = data.pop(name)
         try:
             result = self.program.eval(data=data)
         except RuntimeError:
@@ -100,12 +88,6 @@ class Expression:
         if self.wanted == "bool":
             return bool(value)
         return float(value) if math.isfinite(value) else Missing("not_finite")
-
-
-class Token(NamedTuple):
-    kind: str
-    text: str
-    offset: int
 
 
 LOWEST, HIGHEST = "lowest", "highest"
@@ -129,66 +111,61 @@ def compile_expression(
     tokens = tokenize(text)
     slo = {token.text for token in tokens if token.kind == "name" and _is_slo(token.text, classes)}
     declared = {*inputs, *slo}
-    program = _compile(text, tokens, sorted(declared), [*inputs, "slo.itl", "slo.ttft", *slo])
+    program = _compile(text, tokens, sorted(declared), [*inputs, "slo.itl", "slo.ttft", *slo], classes)
     if program.return_type() not in _RESULT_TYPES[wanted]:
         what = "a condition (true or false)" if wanted == "bool" else "a number"
         raise ExpressionError([Fault(0, f"must be {what}, but is {program.return_type().name().lower()}")])
     names = sorted({token.text for token in tokens if token.text in declared})
     if not fixed and not any(name in inputs for name in names):
         raise ExpressionError([Fault(0, "names no input, so it can never change")])
-    faults = [*_implausible(tokens, inputs)]
+    faults = implausible(tokens, inputs)
     if faults:
         raise ExpressionError(faults)
-    return Expression(text, tuple(names), wanted, program)
-
-
-def tokenize(text: str) -> list[Token]:
-    tokens: list[Token] = []
-    position = 0
-    while position < len(text):
-        match = _TOKENS.match(text, position)
-        if match is None:
-            raise ExpressionError([Fault(position, f"unexpected character {text[position]!r}")])
-        kind = str(match.lastgroup)
-        if kind == "name":
-            tokens.append(Token(kind, re.sub(r"\s+", "", match[0]), position))
-        elif kind != "space":
-            tokens.append(Token(kind, match[0], position))
-        position = match.end()
-    calls = [
-        Fault(name.offset, f"{name.text}(...): expressions have no functions and no macros")
-        for name, after in itertools.pairwise(tokens)
-        if name.kind == "name" and after.text == "("
-    ]
-    if calls:
-        raise ExpressionError(calls)
-    return tokens
+    spelt = tuple((name, cel_name(name)) for name in names if cel_name(name) != name)
+    return Expression(text, tuple(names), wanted, program, spelt)
 
 
 def _is_slo(name: str, classes: Sequence[str] | None) -> bool:
-    match name.split("."):
-        case ["slo", target]:
-            return target in _SLO_TARGETS
-        case ["slo", klass, target]:
-            return target in _SLO_TARGETS and (classes is None or klass == LOWEST or klass in classes)
-    return False
+    found = slo_target(name)
+    return found is not None and (classes is None or found[0] in (None, LOWEST, *classes))
 
 
-def _compile(text: str, tokens: Sequence[Token], declared: list[str], known: list[str]) -> Any:
+def _compile(
+    text: str,
+    tokens: Sequence[Token],
+    declared: Sequence[str],
+    known: list[str],
+    classes: Sequence[str] | None,
+) -> Any:
     """Every integer literal becomes a double: all variables are, and CEL does not mix the two."""
-    promoted, origin = "", []
+    promoted, origin = "", list[int]()
     at = 0
-    for token in (token for token in tokens if token.kind == "int"):
-        end = token.offset + len(token.text)
-        promoted += text[at:end] + ".0"
-        origin += [*range(at, end), end - 1, end - 1]
-        at = end
+    for token in (token for token in tokens if token.kind in ("int", "name")):
+        written = f"{token.text}.0" if token.kind == "int" else cel_name(token.text)
+        last = token.offset + token.length - 1
+        promoted += text[at : token.offset] + written
+        origin += range(at, token.offset)
+        origin += (min(token.offset + i, last) for i in range(len(written)))
+        at = last + 1
     promoted += text[at:]
     origin += [*range(at, len(text)), len(text)]
+    variables = {cel_name(name): cel.Type.DOUBLE for name in declared}
     try:
-        return cel.NewEnv(variables=dict.fromkeys(declared, cel.Type.DOUBLE)).compile(promoted)
+        return cel.NewEnv(variables=variables).compile(promoted)
     except RuntimeError as error:
-        raise ExpressionError(_faults(str(error), promoted, origin, tokens, known)) from None
+        known += [slo_variable(klass, target) for klass in classes or () for target in SLO_TARGETS]
+        faults = _faults(str(error), promoted, origin, tokens, known)
+    raise ExpressionError(_undashed(text, faults, classes))
+
+
+def _undashed(text: str, faults: list[Fault], classes: Sequence[str] | None) -> list[Fault]:
+    """`slo.batch-low.itl` is one mistake, not two names that nobody knows."""
+    for found in _DASHED.finditer(text):
+        if classes is None or found[1] in classes:
+            written = slo_variable(found[1], found[2])
+            faults = [fault for fault in faults if not found.start() <= fault.offset < found.end()]
+            faults.append(Fault(found.start(), f"'{found[0]}' is a subtraction: write {written}"))
+    return sorted(faults)
 
 
 def _faults(
@@ -222,67 +199,10 @@ def _readable(message: str, offset: int, tokens: Sequence[Token], known: list[st
     if message.startswith("undeclared reference"):
         # CEL points at the last dot of `slo.x`; people look for the start of the name.
         name = next(
-            (t for t in tokens if t.kind == "name" and t.offset <= offset < t.offset + len(t.text)), None
+            (t for t in tokens if t.kind == "name" and t.offset <= offset < t.offset + t.length), None
         )
         if name is not None:
             near = difflib.get_close_matches(name.text, known, n=1, cutoff=0.5)
             hint = f" (did you mean '{near[0]}'?)" if near else ""
             return Fault(name.offset, f"undeclared reference to '{name.text}'{hint}")
     return Fault(offset, message[:1].lower() + message[1:])
-
-
-def _implausible(tokens: Sequence[Token], inputs: Mapping[str, Signal | None]) -> list[Fault]:
-    """Comparisons of one bare variable with one bare number that cannot be meant, or can never hold."""
-    folded = _fold_signs(tokens)
-    faults = []
-    for i in range(len(folded) - 2):
-        left, operator, right = folded[i : i + 3]
-        before = folded[i - 1].text if i else ""
-        after = folded[i + 3].text if i + 3 < len(folded) else ""
-        if operator.text not in _COMPARISONS or before not in _EDGES or after not in _EDGES:
-            continue
-        if left.kind == "name" and right.kind in ("float", "int"):
-            name, comparison, number = left, operator.text, right
-        elif right.kind == "name" and left.kind in ("float", "int"):
-            name, comparison, number = right, _FLIPPED[operator.text], left
-        else:
-            continue
-        message = _objection(name.text, comparison, number.text, inputs)
-        if message:
-            faults.append(Fault(number.offset, message))
-    return faults
-
-
-def _fold_signs(tokens: Sequence[Token]) -> list[Token]:
-    """`-` and a number after a comparison or an edge become one negative number."""
-    folded: list[Token] = []
-    for token in tokens:
-        sign = folded[-1] if folded else None
-        if token.kind in ("float", "int") and sign is not None and sign.text == "-":
-            before = folded[-2].text if len(folded) > 1 else ""
-            if before in _COMPARISONS or before in _EDGES:
-                folded[-1] = Token(token.kind, f"-{token.text}", sign.offset)
-                continue
-        folded.append(token)
-    return folded
-
-
-def _objection(name: str, comparison: str, number: str, inputs: Mapping[str, Signal | None]) -> str | None:
-    signal = inputs.get(name)
-    if signal is not None:
-        (low, high), unit, what = signal.plausible, signal.unit, signal.name
-    elif name.startswith("slo."):
-        (low, high), unit, what = _SLO_PLAUSIBLE, "seconds", name
-    else:
-        return None
-    value = float(number)
-    if not low <= value <= high:
-        hint = (
-            f"; write {value / 100:g} for {value:g} percent" if unit == "ratio" and 1 < value <= 100 else ""
-        )
-        return (
-            f"threshold {number} is outside the plausible range of {what} ({low:g} to {high:g} {unit}){hint}"
-        )
-    if (comparison == ">" and value == high) or (comparison == "<" and value == low):
-        return f"is never true: {what} lies between {low:g} and {high:g} {unit}"
-    return None

@@ -4,8 +4,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from kvpilot.knobs import KNOBS, Knob
-from kvpilot.policy.expr import HIGHEST, LOWEST, Expression, ExpressionError, Wanted, compile_expression
+from kvpilot.policy.expr import HIGHEST, LOWEST, Expression, Wanted, compile_expression
 from kvpilot.policy.source import Path, Problem, Source
+from kvpilot.policy.tokens import ExpressionError
 from kvpilot.signals import Signal
 
 

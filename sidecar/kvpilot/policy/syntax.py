@@ -5,7 +5,7 @@ Takes texts that compiled; anything else gives None, as does what nests too deep
 
 from dataclasses import dataclass
 
-from kvpilot.policy.expr import ExpressionError, Token, tokenize
+from kvpilot.policy.tokens import ExpressionError, Token, tokenize
 
 _LEVELS = (("||",), ("&&",), ("<", "<=", ">", ">=", "==", "!="), ("+", "-"), ("*", "/", "%"))
 """Binary operators, the loosest first; all of them bind to the left."""

@@ -130,6 +130,48 @@ def test_slo_of_a_class() -> None:
     assert compile_expression("itl_p95 > slo.chat.itl", INPUTS, "bool", ["chat"])
     assert faults("itl_p95 > slo.chat.itl", ["batch"])[0][0] == 10
     assert faults("itl_p95 > slo.chat.speed")[0][0] == 10
+    assert faults("itl_p95 > slo.chta.itl", ["chat"]) == [
+        (10, "undeclared reference to 'slo.chta.itl' (did you mean 'slo.chat.itl'?)")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "klass"),
+    [
+        ('slo["batch-low"].itl', "batch-low"),
+        ("slo[ 'batch-low' ] . itl", "batch-low"),
+        ('slo["b.c"].itl', "b.c"),
+        ("slo.b.c.itl", "b.c"),
+        ('slo["7b"].itl', "7b"),
+        ("slo.in.itl", "in"),
+        ('slo["chat"].itl', "chat"),
+    ],
+)
+def test_a_class_whose_name_is_no_plain_word_stands_in_quotes(written: str, klass: str) -> None:
+    expression = compile_expression(f"itl_p95 - {written} > 3", INPUTS, "bool", [klass])
+    variable = f"slo.{klass}.itl"
+    assert expression.names == ("itl_p95", variable)
+    assert expression.evaluate({"itl_p95": 9.0, variable: 2.0}) is True
+    assert expression.evaluate({"itl_p95": 9.0, variable: 7.0}) is False
+    assert expression.evaluate({"itl_p95": 9.0}) == Missing("not_provided")
+
+
+@pytest.mark.parametrize("classes", [None, ["batch-low", "chat"]])
+def test_a_class_with_a_dash_without_quotes_is_one_mistake_with_what_to_write(
+    classes: list[str] | None,
+) -> None:
+    assert faults("kv > 0.5 && itl_p95 > slo.batch-low.itl && oops > 1", classes) == [
+        (22, "'slo.batch-low.itl' is a subtraction: write slo[\"batch-low\"].itl"),
+        (43, "undeclared reference to 'oops'"),
+    ]
+    assert compile_expression("itl_p95 > slo.chat.itl-slo.chat.ttft", INPUTS, "bool", classes)
+
+
+def test_an_unknown_class_in_quotes_is_named_where_it_stands() -> None:
+    assert faults('itl_p95 > slo["batch-lo"].itl && oops > 1', ["batch-low"]) == [
+        (10, "undeclared reference to 'slo.batch-lo.itl' (did you mean 'slo[\"batch-low\"].itl'?)"),
+        (33, "undeclared reference to 'oops'"),
+    ]
 
 
 @given(st.text(max_size=60) | st.text("kv itl_p95slo.0123456789<>=!&|?:()+-*/%\n\"'[]", max_size=60))
