@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvpilot.demo.processes import free_port
 from kvpilot.link.place import LinkPlace
-from vllm_lab import environment
+from vllm_lab import environment, waiting
 from vllm_lab.environment import VLLM_VERSION, LabError
 from vllm_lab.models import Target, model
 
@@ -218,7 +218,8 @@ class VllmServer:
     def environ(self) -> dict[str, str]:
         """The child's whole environment."""
         settings = self.settings
-        path = [*settings.python_path, *([environment.drop_in()] if settings.drop_in else [])]
+        path = [*settings.python_path, waiting.install(self.folder / "waiting")]
+        path += [environment.drop_in()] if settings.drop_in else []
         if settings.api_servers > 1:
             path.append(package_metadata(self.folder))
         ours = {"PYTHONPATH": os.pathsep.join(map(str, path)), "VLLM_RPC_BASE_PATH": str(self.folder)}
