@@ -16,6 +16,7 @@ from kvpilot.link.manifest import Manifest, ManifestKnob
 AT_STEP = "at the next step boundary"
 
 PREFIX_FIELDS = ("prefix_tokens_queried_total", "prefix_tokens_hit_total")
+PREFIX_SIGNALS = (*PREFIX_FIELDS, "prefix_hit_ratio")
 
 
 def build_manifest(
@@ -59,7 +60,7 @@ def build_manifest(
         activation_bytes_per_token=activation_bytes_per_token,
         device_memory_bytes=plan.memory_bytes,
         unsupported_knobs={} if speculates else {"speculative_tokens": "no draft model is loaded"},
-        unsupported_signals=dict.fromkeys(PREFIX_FIELDS, "this engine has no prefix cache"),
+        unsupported_signals=dict.fromkeys(PREFIX_SIGNALS, "this engine has no prefix cache"),
     )
 
 

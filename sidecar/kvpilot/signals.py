@@ -103,9 +103,16 @@ SIGNALS: dict[str, Signal] = _table(
     # Speculation. Silent, so missing, while speculation is off.
     Signal("spec_acceptance_ratio", "ratio", "ratio", _RATIO, "engine", "Draft tokens accepted over draft tokens proposed."),
     Signal("drafted_tokens", "counter", "tokens", _COUNT, "engine", "Draft tokens proposed."),
+    # Prefix cache.
+    Signal("prefix_hit_ratio", "ratio", "ratio", _RATIO, "engine", "Prompt tokens found in the prefix cache over those looked up."),
     # Device memory.
     Signal("device_free_bytes", "gauge", "bytes", _BYTES, "engine", "Device memory nobody holds, between steps."),
     Signal("device_headroom_tokens", "gauge", "tokens", _COUNT, "engine", "Free device memory over the manifest's activation bytes per token."),
+    # The engine as a whole, as the pilot sees it; told also while the engine itself is silent.
+    Signal("engine_stalled", "gauge", "state", _RATIO, "pilot", "1 while the engine has work and makes no step for longer than five slow ones, and 2 s; else 0."),
+    Signal("output_wedged", "gauge", "state", _RATIO, "pilot", "1 while answers do not leave, whatever the health endpoint says; else 0."),
+    Signal("telemetry_silent_seconds", "gauge", "seconds", (0.0, _INF), "pilot", "Since the engine's last record, while it or a valve has work; 0 while it has none."),
+    Signal("rank_load_ratio", "gauge", "ratio", (0.0, 1e4), "pilot", "Requests running and waiting in this rank over the mean of the engine's ranks; missing where there is one."),
     # The valve.
     Signal("offered", "counter", "requests", _COUNT, "valve", "Requests that reached the valve.", True),
     Signal("admitted", "counter", "requests", _COUNT, "valve", "Requests that the valve let in.", True),
@@ -121,7 +128,7 @@ SIGNALS: dict[str, Signal] = _table(
     Signal("forecast.queue_wait_p90_seconds", "gauge", "seconds", (0.0, _INF), "pilot", "The same, late: one time in ten it is longer.", True),
     Signal("forecast.ttft_miss_ratio", "gauge", "ratio", _RATIO, "pilot", "Probability that a request that comes now misses its class's TTFT; without class: of the lowest.", True),
     Signal("forecast.ttft_ratio", "gauge", "ratio", (0.0, _INF), "pilot", "Predicted time to the first token of a request that comes now, over its class's target; of the class for which that is worst."),
-    Signal("forecast.wait_ratio", "gauge", "ratio", (0.0, _INF), "pilot", "Predicted wait of a request that comes now, over its class's TTFT target; of the class for which that is worst. 0 while nobody waits."),
+    Signal("forecast.wait_ratio", "gauge", "ratio", (0.0, _INF), "pilot", "Predicted wait to be admitted of a request that comes now, over its TTFT target, of the class with the tightest one; 0 while nobody is ahead of it."),
     Signal("forecast.service_tokens_per_second", "gauge", "tokens", _COUNT, "pilot", "Prompt tokens a second that the engine serves while requests wait."),
     Signal("forecast.step_seconds", "gauge", "seconds", _LATENCY, "pilot", "Time of the mean step of late, by the step-time model."),
     Signal("forecast.step_p97_seconds", "gauge", "seconds", _LATENCY, "pilot", "Time that 97 in 100 such steps do not exceed."),

@@ -7,7 +7,9 @@ An engine that is not there yet, died, or started again is a state of the sight,
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from kvpilot.adapters.condition import RANK_LOAD, condition
 from kvpilot.adapters.pages import Page, Pages
+from kvpilot.adapters.ranks import Ranks
 from kvpilot.adapters.readings import HISTOGRAM_OF, read_signals
 from kvpilot.adapters.valves import Valves, ValveSight, valve_readings
 from kvpilot.adapters.windows import Key, Reading
@@ -91,6 +93,7 @@ class EngineAdapter:
         self._pages = pages
         self._where = where
         self._valves = Valves(pages)
+        self._ranks = Ranks(pages)
         self._attached: _Attached | None = None
         self._rescan_ns: int | None = None
         self._error: str | None = None
@@ -109,6 +112,7 @@ class EngineAdapter:
         if attached.record is not None:
             fresh_ns = now_ns if liveness == "idle" else attached.record_ns
             readings |= read_signals(wanted, attached.reader, attached.record, fresh_ns)
+            readings |= self._condition(wanted, attached, liveness, valve is not None, now_ns)
         return Sight(
             at_ns=now_ns,
             manifest=attached.reader.manifest,
@@ -124,6 +128,16 @@ class EngineAdapter:
             readings=readings,
             valve=valve,
         )
+
+    def _condition(
+        self, wanted: Iterable[Key], attached: _Attached, liveness: Liveness, valve: bool, now_ns: int
+    ) -> dict[Key, Reading | Missing]:
+        assert attached.record is not None
+        found = condition(attached.record, liveness, (now_ns - attached.record_ns) / NS, valve, now_ns)
+        if RANK_LOAD in wanted:
+            ratio = self._ranks.load_ratio(attached.record, now_ns)
+            found[RANK_LOAD] = ratio if isinstance(ratio, Missing) else Reading(now_ns, ratio)
+        return {key: reading for key, reading in found.items() if key in wanted}
 
     def histogram(self, signal: str, class_index: int | None) -> HistogramSnapshot | None:
         """A distribution since the engine started, for exporters; None where there is none."""

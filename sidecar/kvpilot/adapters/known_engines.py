@@ -65,10 +65,13 @@ _KVENGINE = KnownEngine(
         "speculative_tokens": Capability(True, "per sequence and step", needs="a draft model"),
         "max_running": Capability(True, "gates admission, drains"),
         "admission_watermark": Capability(True, "at admission"),
+        "kv_element_bits": Capability(False, "one precision for all sequences"),
+        "kv_kept_ratio": Capability(False, "it evicts nothing of a sequence that runs"),
         **_all(_VALVE_KNOBS, "the valve in front of its server"),
     },
     signals={
         **_all(_ENGINE_SIGNALS, _STEP),
+        "prefix_hit_ratio": Capability(False, "it has no prefix cache"),
         **_all(_VALVE_SIGNALS, "the valve's page"),
         TENANTS: Capability(True, "the valve's tag on each request"),
     },
@@ -104,6 +107,8 @@ _VLLM = KnownEngine(
         "admission_watermark": Capability(
             True, "kv_cache_manager.watermark_blocks, while requests run", shown="run", since="0.32.0"
         ),
+        "kv_element_bits": Capability(False, "one --kv-cache-dtype for the engine's life", shown="read"),
+        "kv_kept_ratio": Capability(False, "it evicts nothing of a sequence that runs", shown="read"),
         **_all(_VALVE_KNOBS, "the valve, by --middleware kvpilot.inside.valve.Valve", needs="--middleware"),
     },
     signals={

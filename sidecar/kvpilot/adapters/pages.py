@@ -1,5 +1,7 @@
 """Where an adapter finds pages: in the link's directories, or, in virtual time, in memory."""
 
+import os
+import re
 from typing import Protocol
 
 from kvpilot.clock import Clock
@@ -26,6 +28,7 @@ class Pages(Protocol):
 
     def telemetry(self) -> Page | None: ...
     def valves(self) -> list[Page]: ...
+    def other_ranks(self) -> list[Page]: ...
 
 
 class LinkFiles:
@@ -42,6 +45,17 @@ class LinkFiles:
     def valves(self) -> list[Page]:
         """Pages of all valves that live."""
         return list(open_pages(self.place.telemetry_directory(None), "valve", self.place.uids, locked=True))
+
+    def other_ranks(self) -> list[Page]:
+        """The newest page of each other rank that lives."""
+        name = re.compile(rf"{re.escape(self.place.engine)}-([0-9]{{1,4}})")
+        try:
+            entries = os.listdir(self.place.telemetry)
+        except OSError:
+            return []
+        ranks = {int(match[1]) for entry in entries if (match := name.fullmatch(entry))} - {self.rank}
+        found = [newest_telemetry(self.place.telemetry_directory(n), self.place.uids) for n in sorted(ranks)]
+        return [page for page in found if page is not None]
 
 
 class Controls:

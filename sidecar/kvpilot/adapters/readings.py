@@ -93,6 +93,11 @@ def _spec_acceptance_ratio(manifest: Manifest, record: StepRecord) -> Value | Mi
     return NOT_PROVIDED if accepted is None or drafted is None else (accepted, drafted)
 
 
+def _prefix_hit_ratio(manifest: Manifest, record: StepRecord) -> Value | Missing:
+    hit, queried = record.get("prefix_tokens_hit_total"), record.get("prefix_tokens_queried_total")
+    return NOT_PROVIDED if hit is None or queried is None else (hit, queried)
+
+
 def _device_headroom_tokens(manifest: Manifest, record: StepRecord) -> float | Missing:
     free = record.get("device_free_bytes")
     if free is None or not manifest.activation_bytes_per_token:
@@ -106,6 +111,7 @@ DERIVED: dict[str, Callable[[Manifest, StepRecord], Value | Missing]] = {
     "kv_peak_ratio": _kv_peak_ratio,
     "tail_waste_ratio": _tail_waste_ratio,
     "spec_acceptance_ratio": _spec_acceptance_ratio,
+    "prefix_hit_ratio": _prefix_hit_ratio,
     "device_headroom_tokens": _device_headroom_tokens,
 }
 

@@ -151,12 +151,11 @@ class Forecaster:
             found["forecast.queue_wait_seconds", klass] = wait
             found["forecast.queue_wait_p90_seconds", klass] = wait if isinstance(wait, Missing) else wait.p90
             found["forecast.ttft_miss_ratio", klass] = miss
-        for signal, of_class in (
-            ("forecast.ttft_ratio", queue.ttft_ratio),
-            ("forecast.wait_ratio", queue.wait_ratio),
-        ):
-            worst = _worst([of_class(name, ttft_s) for name, ttft_s in queue.promises.items()])
-            found[signal, None] = worst if told else NOT_PROVIDED
+        ratios = [queue.ttft_ratio(name, ttft_s) for name, ttft_s in queue.promises.items()]
+        known = [ratio for ratio in ratios if not isinstance(ratio, Missing)]
+        worst = max(known) if known else next(iter(ratios), NOT_PROVIDED)
+        found["forecast.ttft_ratio", None] = worst if told else NOT_PROVIDED
+        found["forecast.wait_ratio", None] = queue.pressing_wait_ratio() if told else NOT_PROVIDED
         rate, band = queue.rate, queue.service.band
         found["forecast.service_tokens_per_second", None] = (
             rate if isinstance(rate, Missing) else Estimate(rate / band.p90, rate / band.p50, rate / band.p10)
@@ -248,12 +247,6 @@ def _kind(manifest: Manifest) -> tuple[object, ...]:
         manifest.block_size,
         tuple(each.name for each in manifest.fields),
     )
-
-
-def _worst(ratios: Sequence[float | Missing]) -> float | Missing:
-    """The largest that is known; where none is, why."""
-    known = [ratio for ratio in ratios if not isinstance(ratio, Missing)]
-    return max(known) if known else next(iter(ratios), NOT_PROVIDED)
 
 
 def _in_force(record: StepRecord) -> int:

@@ -66,10 +66,15 @@ class QueueForecast:
         seconds = self._seconds(name, self._ahead(name) + (own or 0.0))
         return seconds if isinstance(seconds, Missing) else seconds / ttft_s
 
-    def wait_ratio(self, name: str, ttft_s: float) -> float | Missing:
-        """Predicted wait to be admitted of such a request, over its target: 0 while nobody is ahead."""
+    def pressing_wait_ratio(self) -> float | Missing:
+        """Predicted wait to be admitted over the target, for the class with the tightest one: 0 while nobody
+        is ahead of it.
+        """
+        if not self.promises:
+            return Missing("not_provided")
+        name = min(self.promises, key=lambda each: self.promises[each])
         seconds = self._seconds(name, self._ahead(name))
-        return seconds if isinstance(seconds, Missing) else seconds / ttft_s
+        return seconds if isinstance(seconds, Missing) else seconds / self.promises[name]
 
     def credits(self, name: str, ttft_s: float) -> float | Missing:
         """Prompt tokens of this class and below that can still be served within `ttft_s`. A margin, for

@@ -49,12 +49,14 @@ class ChooseTick(Turn):
             return True
         self._present = self._choice(knob)
         self._prices = {}
-        for candidate in choose.candidates:
+        # Where the engine is by itself is always a candidate: nobody should have to know it.
+        candidates = {*choose.candidates, knob.baseline}
+        for candidate in candidates:
             price = self._price(candidate)
             if not isinstance(price, Missing) and knob.snap(candidate) == candidate:
                 self._prices[candidate] = price
         price = self._price(self._present)
-        if isinstance(price, Missing) and (self._present in choose.candidates or not self._prices):
+        if isinstance(price, Missing) and (self._present in candidates or not self._prices):
             self._absent = f"{choose.minimise} at {self._present:g}"
             return price
         return True

@@ -161,7 +161,9 @@ class ChooseModel(_Model):
     """Take the candidate with the lowest forecast."""
 
     knob: KnobName
-    candidates: list[Number] = Field(min_length=2, max_length=16)
+    candidates: list[Number] = Field(
+        min_length=2, max_length=16, description="What to choose from, beside the engine's baseline."
+    )
     minimise: Literal["forecast.seconds_per_token"]
     hysteresis: Number = Field(
         default=0.03, ge=0, lt=1, description="Only change for a forecast lower by this share."

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvpilot.adapters.condition import CONDITION_SIGNALS
 from kvpilot.adapters.known_engines import KNOWN, Capability
 from kvpilot.knobs import KNOBS
 from kvpilot.policy.quantity import format_number
@@ -37,7 +38,7 @@ FORECAST_NEEDS: dict[str, tuple[str, ...]] = {
     "forecast.seconds_per_token": ("steps", "prefill_tokens"),
     "forecast.device_headroom_bytes": ("device_free_bytes",),
 }
-"""The pilot's own signals: what an engine must show for each."""
+"""The pilot's forecasts: what an engine must show for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,8 @@ def knob_rows() -> list[KnobRow]:
 
 def _has(signals: Mapping[str, Capability], name: str) -> Capability:
     """A forecast is there where all that it is made of is."""
+    if name in CONDITION_SIGNALS:
+        return Capability(True, "the pilot's look at it")
     if name not in FORECAST_NEEDS:
         return signals[name]
     needed = [signals[need] for need in FORECAST_NEEDS[name]]
@@ -199,7 +202,7 @@ narrows the range; `kvpilot engines` shows that, `kvpilot check --engine DIR` ch
 def signals_page(rows: Sequence[SignalRow]) -> str:
     """docs/signals.md."""
     lines = [SIGNALS_PAGE]
-    titles = {"engine": "From the engine", "valve": "From the valve", "pilot": "Forecasts by the pilot"}
+    titles = {"engine": "From the engine", "valve": "From the valve", "pilot": "From the pilot"}
     for provider, title in titles.items():
         lines += [f"## {title}", "", "| signal | is | plausible | by class | meaning | engines |"]
         lines.append("|---|---|---|---|---|---|")

@@ -194,9 +194,16 @@ def test_in_one_queue_credits_of_any_class_keep_the_tightest_promise() -> None:
 
 def test_the_wait_over_the_promise_is_nothing_while_nobody_waits_and_else_unknown_without_a_rate() -> None:
     service, rate = ServiceRate(), Missing("no_samples")
-    assert QueueForecast(rate, service, {"batch": 0.0}).wait_ratio("batch", 2.0) == 0.0
-    assert QueueForecast(rate, service, {"batch": 9.0}).wait_ratio("batch", 2.0) == rate
-    assert QueueForecast(4000.0, service, {"batch": 4000.0}).wait_ratio("batch", 2.0) == 0.5
+    promises = {"batch": 20.0, "interactive": 2.0}
+
+    def ratio(rate: float | Missing, by_class: bool = True, **waiting: float) -> float | Missing:
+        queue = QueueForecast(rate, service, waiting, promises=promises, by_class=by_class)
+        return queue.pressing_wait_ratio()
+
+    assert ratio(rate, batch=0.0, interactive=0.0) == 0.0
+    assert ratio(rate, batch=0.0, interactive=9.0) == rate
+    assert ratio(4000.0, batch=6000.0, interactive=2000.0) == 0.25
+    assert ratio(4000.0, by_class=False, batch=6000.0, interactive=2000.0) == 1.0
 
 
 def test_forecasts_that_were_off_move_the_band() -> None:

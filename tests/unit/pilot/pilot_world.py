@@ -97,12 +97,16 @@ class MemoryPages:
 
     engines: list[MemoryPage] = field(default_factory=list)
     valve_pages: list[MemoryPage] = field(default_factory=list)
+    rank_pages: list[MemoryPage] = field(default_factory=list)
 
     def telemetry(self) -> MemoryPage | None:
         return next((page for page in reversed(self.engines) if page.alive), None)
 
     def valves(self) -> list[MemoryPage]:
         return [page for page in self.valve_pages if page.alive]
+
+    def other_ranks(self) -> list[MemoryPage]:
+        return [page for page in self.rank_pages if page.alive]
 
 
 class World:

@@ -53,7 +53,9 @@ def vllm() -> Manifest:
     """As the plugin builds it, from its own lists."""
     fields = tuple(STEP_FIELDS[name] for name in FIELDS)
     knobs = tuple(
-        replace(manifest().knobs[0], name=name) for name, knob in KNOBS.items() if knob.where == "engine"
+        replace(manifest().knobs[0], name=name)
+        for name, knob in KNOBS.items()
+        if knob.where == "engine" and not name.startswith("kv_")
     )
     lacking = dict.fromkeys(("device_free_bytes", "device_headroom_tokens", "oom"), IN_WORKERS)
     return replace(manifest(), engine="vllm", knobs=knobs, fields=fields, unsupported_signals=lacking)

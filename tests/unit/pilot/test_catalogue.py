@@ -8,6 +8,7 @@ import pytest
 from link_pages import manifest
 from typer.testing import CliRunner
 
+from kvpilot.adapters.condition import CONDITION_SIGNALS
 from kvpilot.adapters.known_engines import KNOWN
 from kvpilot.commands import app
 from kvpilot.forecast.forecaster import Forecaster
@@ -58,7 +59,9 @@ def test_the_tables_read_at_120_columns() -> None:
 
 
 def test_a_forecast_is_an_engines_where_all_that_it_is_made_of_is() -> None:
-    assert set(FORECAST_NEEDS) == {name for name, signal in SIGNALS.items() if signal.provider == "pilot"}
+    assert {*FORECAST_NEEDS, *CONDITION_SIGNALS} == {
+        name for name, signal in SIGNALS.items() if signal.provider == "pilot"
+    }
     rows = {row.name: row for row in signal_rows()}
     headroom = rows["forecast.device_headroom_bytes"].engines
     assert headroom["kvengine"].supported

@@ -3,6 +3,7 @@
 import pytest
 from pilot_world import MemoryValve, World, manifest
 
+from kvpilot.adapters.condition import CONDITION_SIGNALS
 from kvpilot.adapters.readings import DERIVED, FIELD_OF, HISTOGRAM_OF
 from kvpilot.adapters.valves import VALVE_SIGNALS
 from kvpilot.adapters.windows import Reading
@@ -14,7 +15,7 @@ DEMAND = tuple(f"demand_{horizon}_p90_blocks" for horizon in HORIZONS)
 
 
 def test_every_signal_has_exactly_one_source() -> None:
-    sources = [*FIELD_OF, *DERIVED, *HISTOGRAM_OF, *VALVE_SIGNALS, *FORECAST_SIGNALS]
+    sources = [*FIELD_OF, *DERIVED, *HISTOGRAM_OF, *VALVE_SIGNALS, *FORECAST_SIGNALS, *CONDITION_SIGNALS]
     assert sorted(sources) == sorted(SIGNALS)
     assert set(FIELD_OF.values()) <= set(STEP_FIELDS)
 
@@ -22,6 +23,7 @@ def test_every_signal_has_exactly_one_source() -> None:
 def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
     world = World()
     names = (*FIELD_OF.values(), "time_ns", "duration_ns", "tail_waste_tokens", "accepted_tokens_total")
+    names += ("prefix_tokens_hit_total", "prefix_tokens_queried_total")
     world.start_engine(manifest(tuple(dict.fromkeys((*names, *DEMAND)))))
     MemoryValve(world)
     assert world.hook is not None
@@ -37,7 +39,7 @@ def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
     )
     latest = world.pilot.board.latest
     absent = {name for (name, _), reading in latest.items() if isinstance(reading, Missing)}
-    assert absent <= set(FORECAST_SIGNALS), "forecasts take more than one record"
+    assert absent <= {*FORECAST_SIGNALS, "rank_load_ratio"}, "forecasts take more than one record"
     value = {
         name: reading.value for (name, c), reading in latest.items() if isinstance(reading, Reading) and not c
     }
