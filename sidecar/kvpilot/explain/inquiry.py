@@ -64,14 +64,23 @@ def _range(database: sqlite3.Connection) -> str:
 
 def _explain(database: sqlite3.Connection, version: int, decision: DecisionRecord) -> Explained:
     found: tuple[EffectRecord, ...] = ()
-    if version > 1:
-        query = f"{effects_query(version)} WHERE number = ? ORDER BY id"
-        found = tuple(EffectRecord(*row) for row in database.execute(query, (decision.number,)))
+    if version > 1 and decision.before != decision.after:
+        found = _effects(database, version, decision)
     record = rule_of(database, decision.text) if decision.text is not None else None
     rule = None if record is None else record.described
     condition = _condition(decision, rule)
     values = None if condition is None else _filled(condition, decision, rule)
     return Explained(decision, rule, condition, None if values == condition else values, found)
+
+
+def _effects(
+    database: sqlite3.Connection, version: int, decision: DecisionRecord
+) -> tuple[EffectRecord, ...]:
+    """Of the step that the decision is part of: a rule that moves two knobs at once has one effect."""
+    step = "SELECT number FROM decisions WHERE policy = ? AND rule = ? AND at_wall_ns = ?"
+    query = f"{effects_query(version)} WHERE number IN ({step}) ORDER BY id"
+    rows = database.execute(query, (decision.policy, decision.rule, decision.at_wall_ns))
+    return tuple(EffectRecord(*row) for row in rows)
 
 
 def _condition(decision: DecisionRecord, rule: Mapping[str, Any] | None) -> str | None:

@@ -37,6 +37,8 @@ Age = Callable[[str, str], float | None]
 """(policy, input) -> seconds since its newest sample, if there is one."""
 
 RECENT = 50
+OUTCOMES = {True: "came", False: "did_not_come", None: "inconclusive"}
+"""What an effect is called, by `Effect.met`."""
 _SENT = ("applied", "clamped")
 """Verdicts of evaluation that put something into a controls page."""
 
@@ -53,6 +55,10 @@ class Ledger:
         self.effects: deque[EffectRecord] = deque(maxlen=RECENT)
         self.counts: Counter[tuple[str, str, str, str]] = Counter()
         """Decisions by (policy, rule, knob, verdict), as evaluation gave it."""
+        self.effect_counts: Counter[tuple[str, str, str]] = Counter()
+        """Effects by (policy, rule, outcome)."""
+        self.judged: dict[RuleKey, Effect] = {}
+        """Of each rule the newest effect that could be judged."""
         self.actions = 0
         """Changes of values in force, as written for the engine or the valves."""
         self._add = add
@@ -123,6 +129,9 @@ class Ledger:
         )
 
     def _record_effect(self, effect: Effect, wall_ns: int) -> None:
+        self.effect_counts[effect.policy, effect.rule, OUTCOMES[effect.met]] += 1
+        if effect.met is not None:
+            self.judged[effect.policy, effect.rule] = effect
         seen = EffectRecord(
             wall_ns,
             effect.policy,

@@ -106,8 +106,9 @@ def _effect(
     reason: str,
 ) -> Effect:
     expected = f"{verify.direction} {verify.ratio:.0%} within {format_duration(verify.within_ns)}"
+    ratio = -verify.ratio if verify.direction == "falls" else verify.ratio
     return Effect(
-        policy.name, rule.name, verify.input, expected, check.before, after, met, reason, check.at_ns
+        policy.name, rule.name, verify.input, expected, ratio, check.before, after, met, reason, check.at_ns
     )
 
 

@@ -61,6 +61,9 @@ class Effect:
     rule: str
     input: str
     expected: str
+    """For people, such as `falls 10% within 2s`."""
+    ratio: float
+    """The same as a share of `before`: -0.1."""
     before: float
     after: float | None
     met: bool | None

@@ -25,6 +25,7 @@ from kvpilot.link.histogram import BUCKETS, HistogramSnapshot, bucket_bounds_ns
 from kvpilot.policy.state import Phase
 from kvpilot.publish.board import Tick
 from kvpilot.publish.durations import Durations
+from kvpilot.publish.effect_metrics import effect_metrics
 from kvpilot.publish.valve_metrics import valve_metrics
 from kvpilot.signals import SIGNALS, Missing, Signal
 from kvpilot.version import version
@@ -230,6 +231,7 @@ class PilotCollector:
         for names, count in self._flight.pilot.ledger.counts.items():
             decisions.add_metric(list(names), count)
         yield decisions
+        yield from effect_metrics(self._flight.pilot.ledger)
         yield _single(
             "kvpilot_control_unconfirmed",
             "Changes without an echo yet.",

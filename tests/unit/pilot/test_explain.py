@@ -3,6 +3,7 @@
 import json
 import re
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kvpilot.clock import NS
 from kvpilot.commands import app
 from kvpilot.explain.inquiry import Explained, inquire, now
 from kvpilot.explain.terminal import lines
+from kvpilot.journal.records import DecisionRecord, EffectRecord, RuleRecord
 from kvpilot.journal.store import JournalStore
 from kvpilot.link.controls import Scope
 from kvpilot.publish.status import status
@@ -71,6 +73,33 @@ def test_a_change_with_its_grounds_and_its_effect(world: World, tmp_path: Path) 
         "  expected  x falls 10% within 1s: 150 -> 101, came (measured)",
         "  runbook   https://run.book",
     ]
+
+
+def test_a_step_of_two_knobs_has_one_effect_that_both_decisions_show(world: World, tmp_path: Path) -> None:
+    world.use(GUARD.replace("min: 64}", "min: 64}, {knob: speculative_tokens, set: 2}"))
+    world.start_engine()
+    world.ticks(0.5, waiting=0)
+    world.ticks(0.3, waiting=150)
+    world.ticks(1.5, waiting=101)
+    path = journal(world, tmp_path)
+    for number, knob in ((1, "prefill_chunk_tokens"), (2, "speculative_tokens")):
+        (found,) = inquire(path, number, 1)
+        assert found.decision.knob == knob
+        assert [(effect.before, effect.after) for effect in found.effects] == [(150, 101)]
+    assert len(world.of(EffectRecord)) == 1
+
+
+def test_a_class_in_quotes_is_shown_with_its_value(world: World, tmp_path: Path) -> None:
+    decision = DecisionRecord(
+        1, 0, 1, "p", "r", "k", "all", 1.0, 2.0, "applied", 'when: x > slo["a-b"].itl', {"x": 3.0}
+    )
+    store = JournalStore(tmp_path / "journal.sqlite")
+    store.write(
+        [RuleRecord("key", 0, "p", "r", {"slo": {"slo.a-b.itl": 0.5}}), replace(decision, text="key")]
+    )
+    store.close()
+    (found,) = inquire(store.path, 1, 1)
+    assert found.with_values == "3 > 0.5"
 
 
 def test_who_was_overruled_by_whom(world: World, tmp_path: Path) -> None:

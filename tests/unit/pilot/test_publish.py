@@ -100,6 +100,21 @@ def test_metrics_show_what_the_pilot_does(flown: World, tmp_path: Path) -> None:
     assert found[key("kvpilot_control_ticks_total")] == 10
 
 
+def test_metrics_show_what_changes_did_beside_what_was_expected(tmp_path: Path) -> None:
+    world = World(policy(rule="verify: {input: x, falls: 10%, within: 500ms}"))
+    world.start_engine()
+    whose = {"policy": "guard", "rule": "act"}
+    for waiting, then, realised, came in ((20, 15, -0.25, 1), (20, 25, 0.25, 1)):
+        world.ticks(2, waiting=0)
+        world.ticks(0.3, waiting=waiting)
+        world.ticks(1, waiting=then)
+        found = samples(world, tmp_path)
+        assert found[key("kvpilot_control_effect_expected_ratio", input="x", **whose)] == -0.1
+        assert found[key("kvpilot_control_effect_realised_ratio", input="x", **whose)] == realised
+        assert found[key("kvpilot_control_effects_total", outcome="came", **whose)] == came
+    assert found[key("kvpilot_control_effects_total", outcome="did_not_come", **whose)] == 1
+
+
 def test_a_missing_signal_is_absent_and_never_zero(flown: World, tmp_path: Path) -> None:
     names = {name for name, _ in samples(flown, tmp_path)}
     absent = ("oom", "kv_shared_blocks", "spec_acceptance_ratio")
