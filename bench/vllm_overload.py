@@ -216,7 +216,7 @@ def report(
         bars.append(median_bar("spec_on_kept", [a / b for a, b in hit], at_least=0.95))
         results["tokens_per_s_hitting (pilot, on)"] = " ".join(f"{a:.0f}/{b:.0f}" for a, b in hit)
     settings = {
-        "vllm": "0.32.0, CPU, eager, asynchronous scheduling",
+        "vllm": "0.32.0, CPU, eager",
         "kv_tokens": BLOCKS * BLOCK_TOKENS,
         "speculative_tokens": SPECULATIVE_TOKENS,
         "load": LOAD,

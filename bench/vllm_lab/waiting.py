@@ -1,10 +1,10 @@
 """A plugin of the lab's own for vLLM: processes that wait for one another sleep instead of spinning.
 
 vLLM's engine core and its worker wait for each other by calling `sched_yield` in a loop. With a core for each
-that is the fastest way. On a machine of two cores and a recent Linux (seen on 6.18) a task that yields keeps its
-core all the same: API server, clients and pilot wait for hundreds of milliseconds to seconds, requests reach the
-engine one at a time, and every figure measures the kernel. A sleep of some microseconds costs a step a percent or
-two and gives the cores to whoever has work.
+that is the fastest way. On a machine of two cores and a recent Linux (seen on 6.18) a task that yields keeps
+its core all the same: API server, clients and pilot wait for hundreds of milliseconds to seconds, requests
+reach the engine one at a time, and every figure measures the kernel. A sleep of microseconds costs a step a
+percent or two and gives the cores to whoever has work.
 """
 
 import shutil
