@@ -1,25 +1,28 @@
 """One real vLLM under a bursty load, with and without the pilot: `python bench/vllm_overload.py`.
 
 A tiny Llama with a small KV pool, speculation on (a draft model that is right under greedy sampling and
-hardly ever at temperature 1) and the valve in front. Interactive requests follow the bursts of the Azure code
+mostly wrong at temperature 1) and the valve in front. Interactive requests follow the bursts of the Azure code
 trace (`--trace`), batch clients ask for long answers, both in a closed loop and with limited patience. In the
 second half of each leg requests sample at temperature 1, where drafts miss. Every leg sees the same arrivals
 on the same server: vLLM's defaults (no lease), static settings (held by constant leases), the pilot with the
 shipped policies. Token times are the engine's own.
 
 `spec_off_recovery` and `spec_on_kept` are output tokens a second of a full batch: the pilot against
-speculation held off where drafts miss, and against speculation left on where they hit.
+speculation held off, on a server whose draft model is never right, and against speculation left on, on one
+whose draft model always is.
 
 Needs vLLM's environment (`make vllm`). About fifteen minutes; `--quick` flies each leg once.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import statistics
 import sys
 import tempfile
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from frame import Bar, median_bar, run
 from vllm_lab import overload
 from vllm_lab.flight import CLASSES, Flight, Leg, Result
 from vllm_lab.models import VOCABULARY
-from vllm_lab.server import SERVED_MODEL, Settings, VllmServer
+from vllm_lab.server import SERVED_MODEL, Settings, Speculation, VllmServer
 from vllm_lab.times import ENVIRON_TIMES, Times, install
 
 from kvpilot.clock import SystemClock
@@ -88,18 +91,20 @@ class Bench:
             )
         return rounds
 
-    async def full_batches(self, domain: str, other: Leg) -> list[tuple[float, float]]:
-        """Output tokens a second of a full batch, (pilot, `other`), alternating."""
-        return [
-            (await self._throughput(PILOT, domain, number), await self._throughput(other, domain, number))
-            for number in range(self._rounds)
-        ]
+    async def full_batches(self, other: Leg) -> list[tuple[float, float]]:
+        """Output tokens a second of a full batch, greedy, (pilot, `other`), by turns first."""
+        pairs = []
+        for number in range(self._rounds):
+            legs = (PILOT, other) if number % 2 else (other, PILOT)
+            rates = {leg.name: await self._throughput(leg, number) for leg in legs}
+            pairs.append((rates[PILOT.name], rates[other.name]))
+        return pairs
 
-    async def _throughput(self, leg: Leg, domain: str, number: int) -> float:
-        seeds = random.Random(f"batch/{domain}/{number}")
+    async def _throughput(self, leg: Leg, number: int) -> float:
+        seeds = random.Random(f"batch/{number}")
         queues = [
             [
-                Arrival(0.0, 48, FULL_BATCH_TOKENS, "batch", "hooli", domain, seeds.getrandbits(31))
+                Arrival(0.0, 48, FULL_BATCH_TOKENS, "batch", "hooli", overload.GREEDY, seeds.getrandbits(31))
                 for _ in range(40)
             ]
             for _ in range(FULL_BATCH)
@@ -138,13 +143,16 @@ def line(result: Result) -> str:
     )
 
 
-async def fly(
-    arguments: argparse.Namespace, folder: Path
-) -> tuple[dict[str, Any], dict[str, Any], list[Bar]]:
+@contextlib.asynccontextmanager
+async def aboard(
+    speculation: Speculation, arguments: argparse.Namespace, folder: Path
+) -> AsyncIterator[tuple[Bench, overload.Calibration]]:
+    """A server with that draft model, its speed measured and its classes promised."""
+    folder.mkdir()
     path = folder / "times.jsonl"
     times = Times(path)
     settings = Settings(
-        speculation="draft_hit",
+        speculation=speculation,
         speculative_tokens=SPECULATIVE_TOKENS,
         blocks=BLOCKS,
         block_size=BLOCK_TOKENS,
@@ -166,12 +174,21 @@ async def fly(
             server.url, SERVED_MODEL, server.link_environ, times, VOCABULARY, folder, SystemClock()
         )
         flight.promise(calibration.slos())
-        bench = Bench(flight, calibration, arguments)
-        rounds = await bench.overloads() if arguments.only in (None, "overload") else []
-        miss = (
-            await bench.full_batches(overload.SAMPLED, SPEC_OFF) if arguments.only in (None, "spec") else []
-        )
-        hit = await bench.full_batches(overload.GREEDY, DEFAULTS) if arguments.only in (None, "spec") else []
+        yield Bench(flight, calibration, arguments), calibration
+
+
+async def fly(
+    arguments: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any], list[Bar]]:
+    rounds, miss, hit = [], [], []
+    async with aboard("draft_hit", arguments, folder / "hit") as (bench, calibration):
+        if arguments.only in (None, "overload"):
+            rounds = await bench.overloads()
+        if arguments.only in (None, "spec"):
+            hit = await bench.full_batches(DEFAULTS)
+    if arguments.only in (None, "spec"):
+        async with aboard("draft_miss", arguments, folder / "miss") as (bench, _):
+            miss = await bench.full_batches(SPEC_OFF)
     return report(calibration, rounds, miss, hit)
 
 

@@ -31,7 +31,7 @@ BATCH_SHARE = 0.6
 
 
 def temperature(arrival: Arrival) -> float:
-    """Greedy answers are what the draft model predicts; at temperature 1 it is never right."""
+    """Greedy answers are what the draft model predicts; at temperature 1 it is mostly wrong."""
     return 0.0 if arrival.domain == GREEDY else 1.0
 
 
