@@ -35,10 +35,7 @@ def slopes(samples: Sequence[tuple[int, float]]) -> list[float]:
 def theil_sen(samples: Sequence[tuple[int, float]]) -> float | None:
     """The median slope per second; None without two distinct times."""
     found = slopes(samples)
-    if not found:
-        return None
-    middle = len(found) // 2
-    return found[middle] if len(found) % 2 else (found[middle - 1] + found[middle]) / 2
+    return _median(found) if found else None
 
 
 class KvExhaustion:
@@ -66,9 +63,13 @@ class KvExhaustion:
         found = slopes(samples)
         if not found:
             return Missing("too_few_samples")
-        steep, flat = quantile(found, 0.1), quantile(found, 0.9)
-        middle = theil_sen(samples) or 0.0
-        return Estimate(*(_until(available_blocks, slope) for slope in (steep, middle, flat)))
+        slope = quantile(found, 0.1), _median(found), quantile(found, 0.9)
+        return Estimate(*(_until(available_blocks, each) for each in slope))
+
+
+def _median(ordered: Sequence[float]) -> float:
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _until(blocks: float, per_s: float) -> float:

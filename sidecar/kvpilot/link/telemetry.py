@@ -310,9 +310,13 @@ class TelemetryReader:
 
     def tenants(self) -> tuple[TenantRow, ...]:
         """Rows that the engine fills, in the order in which tenants were first seen."""
-        rows = []
+        rows, size = [], TENANT_FRAME.size
+        data = self._read_at(self._tenants, MAX_TENANTS * size)
         for slot in range(MAX_TENANTS):
-            row = self._row(TENANT_FRAME, self._tenants, slot)
+            row = TENANT_FRAME.unpack(data, slot * size)
+            if row is None and any(data[slot * size : slot * size + WORD]):
+                # Torn, not empty: written while it was read.
+                row = self._row(TENANT_FRAME, self._tenants, slot)
             if row is not None:
                 name = row[1].rstrip(b"\0").decode(errors="replace")
                 rows.append(TenantRow(name, *row[2:]))
