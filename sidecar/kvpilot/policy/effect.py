@@ -30,8 +30,8 @@ _ECHO = 0.01
 def begin(
     reading: Reading | None, changed: tuple[tuple[Target, float], ...], context: Context
 ) -> Check | None:
-    """Remember a change that is made now; None where its input is missing."""
-    if not isinstance(reading, float | int):
+    """Remember a change that is made now; None where its input is missing, or has no share to change by."""
+    if not isinstance(reading, float | int) or not math.isfinite(reading):
         return None
     mine = {target for target, _ in changed}
     others = {target: value for target, value in context.values.items() if target not in mine}
@@ -62,7 +62,7 @@ def judge(policy: Policy, rule: Rule, check: Check, context: Context, reading: R
     """The effect of the change that `check` remembers, which is due."""
     verify = rule.verify
     assert verify is not None, "only a rule with `verify` has a check"
-    after = None if reading is None or isinstance(reading, Missing) else float(reading)
+    after = None if reading is None or isinstance(reading, Missing) or math.isnan(reading) else float(reading)
     reason = _inconclusive(check, context, verify)
     if reason is None and after is None:
         reason = f"{verify.input} is missing"

@@ -155,6 +155,23 @@ def policies(draw: st.DrawFn) -> list[Policy]:
     ]
 
 
+@st.composite
+def probers(draw: st.DrawFn) -> list[Policy]:
+    """One rule that chooses and probes, with little to spend."""
+    most, every = draw(st.sampled_from([2, 3])), draw(st.sampled_from(["200ms", "500ms"]))
+    return [
+        load_text(
+            "apiVersion: kvpilot.dev/v1alpha1\nkind: Policy\nmetadata: {name: p0}\nspec:\n"
+            f"  limits: {{maxChanges: {most}, per: 2s}}\n"
+            "  inputs: {a: {signal: requests_waiting}, b: {signal: requests_running}}\n"
+            "  rules:\n    - name: rule-0\n      choose:\n        knob: speculative_tokens\n"
+            f"        candidates: {list(DRAFTS)}\n        minimise: forecast.seconds_per_token\n"
+            f"        dwell: {draw(durations)}\n"
+            f"        probe: {{candidate: 1, for: 100ms, every: {every}, backoff: 1}}\n"
+        )
+    ]
+
+
 @dataclass(frozen=True)
 class Moment:
     """What a tick is given from outside."""

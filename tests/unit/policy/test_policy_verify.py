@@ -127,6 +127,21 @@ def test_more_load_makes_a_missing_effect_inconclusive(offered: Reading, why: st
     assert flight.log[-1].reason == f"not undone: {why}"
 
 
+@pytest.mark.parametrize("after", [float("nan"), GONE])
+def test_nothing_is_undone_for_an_effect_that_nobody_can_read(after: Reading) -> None:
+    flight = Flight([policy(UNDO)])
+    (effect,) = effects(flight, [100.0] * 5 + [after] * 8)
+    assert (effect.met, effect.after, effect.reason) == (None, None, "seen is missing")
+    assert flight.held() == 512
+
+
+@pytest.mark.parametrize("before", [float("nan"), float("inf"), GONE])
+def test_a_change_that_has_no_before_has_no_effect(before: Reading) -> None:
+    flight = Flight([policy(UNDO)])
+    assert effects(flight, [before] * 5 + [100.0] * 20) == []
+    assert flight.held() == 512
+
+
 def test_a_tenth_more_load_explains_nothing() -> None:
     flight = Flight([policy(UNDO)])
     effects(flight, [100.0] * 5)
