@@ -34,11 +34,22 @@ DRAFT = Settings(
     max_num_batched_tokens=1024,
     valve=True,
     callers=CALLERS,
+    arguments=(
+        iterations.ARGUMENT,
+        "--scheduler-cls",
+        "vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+    ),
+)
+"""A draft model that is always right, under the scheduler that GPUs have by default. On the CPU vLLM picks the
+synchronous one unless it is told, and never runs two steps at once."""
+NGRAM = replace(
+    DRAFT,
+    target="looping",
+    speculation="ngram",
+    speculative_tokens=4,
     arguments=(iterations.ARGUMENT,),
 )
-"""A draft model that is always right: vLLM schedules asynchronously."""
-NGRAM = replace(DRAFT, target="looping", speculation="ngram", speculative_tokens=4)
-"""N-gram lookup, nearly always right on this target: vLLM schedules synchronously."""
+"""N-gram lookup, nearly always right on this target, under the synchronous scheduler, as everywhere."""
 
 SETTLE_S = 0.3
 """After a knob is in force: steps scheduled before it, and lines of the log, are still under way."""

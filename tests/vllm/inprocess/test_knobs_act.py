@@ -35,7 +35,10 @@ def test_all_knobs_are_offered_with_their_limits(flight: Flown) -> None:
         "max_running": (1, 8, 8),
         "admission_watermark": (0.05, 1.0, 1.0),
     }
-    assert flight.reader.manifest.unsupported_knobs == {}
+    assert flight.reader.manifest.unsupported_knobs == {
+        "kv_element_bits": "vLLM has one --kv-cache-dtype for the engine's life",
+        "kv_kept_ratio": "vLLM keeps every token of a running request",
+    }
     chunk = flight.reader.manifest.knob("prefill_chunk_tokens")
     assert chunk is not None
     assert "per step" in chunk.applied

@@ -239,6 +239,14 @@ def _admission_watermark(seen: _Scheduler) -> _Found:
     return _Found(port, min(0.05, baseline), baseline, applied, granularity=0.01)
 
 
+def _kv_element_bits(_seen: _Scheduler) -> _Found:
+    raise Unsupported("vLLM has one --kv-cache-dtype for the engine's life")
+
+
+def _kv_kept_ratio(_seen: _Scheduler) -> _Found:
+    raise Unsupported("vLLM keeps every token of a running request")
+
+
 def _not_known(_seen: _Scheduler) -> _Found:
     raise Unsupported("kvpilot does not know how to move it in vLLM")
 
@@ -249,4 +257,6 @@ _KNOBS: dict[str, Callable[[_Scheduler], _Found]] = {
     "max_running": _max_running,
     "speculative_tokens": _speculative_tokens,
     "admission_watermark": _admission_watermark,
+    "kv_element_bits": _kv_element_bits,
+    "kv_kept_ratio": _kv_kept_ratio,
 }
