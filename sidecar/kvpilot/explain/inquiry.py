@@ -12,7 +12,7 @@ from kvpilot.journal.records import DecisionRecord, EffectRecord
 from kvpilot.journal.store import JournalError, decision_of, decisions_query, effects_query, rule_of
 from kvpilot.policy.tokens import NAME, variable_of
 
-_CONDITION = re.compile(r"(?:when|until|no longer): ([^;]+)")
+_CONDITION = re.compile(r"(?:when|until|no longer): ([^;]+?)(?: \(open_loop\))?(?:;|$)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,9 +112,12 @@ def _now(explained: Explained) -> list[str]:
     now = explained.now
     if now is None:
         return []
-    state = f"{now.state} for {_seconds(now.for_s or 0.0)}" if now.state is not None else "the rule is gone"
     holds = "at baseline" if now.value is None else f"held at {now.value:g} by {now.holder}"
-    return [f"{state}; {explained.decision.knob} {holds}"]
+    knob = f"{explained.decision.knob} {holds}"
+    if explained.decision.policy == OVERRIDE:
+        return [knob]
+    state = f"{now.state} for {_seconds(now.for_s or 0.0)}" if now.state is not None else "the rule is gone"
+    return [f"{state}; {knob}"]
 
 
 def _change(decision: DecisionRecord) -> str:

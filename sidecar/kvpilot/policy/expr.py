@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from cel_expr_python import cel
 
+from kvpilot.policy.slips import slips
 from kvpilot.policy.thresholds import implausible
 from kvpilot.policy.tokens import (
     SLO_TARGETS,
@@ -108,6 +109,12 @@ def compile_expression(
     """
     if len(text) > MAX_LENGTH:
         raise ExpressionError([Fault(0, f"expression of {len(text)} characters: at most {MAX_LENGTH}")])
+    if not text.strip():
+        what = "a condition, such as `kv > 0.8`" if wanted == "bool" else "a number"
+        raise ExpressionError([Fault(0, f"empty: write {what}")])
+    slipped = [Fault(*slip) for slip in slips(text, inputs)]
+    if slipped:
+        raise ExpressionError(slipped)
     tokens = tokenize(text)
     slo = {token.text for token in tokens if token.kind == "name" and _is_slo(token.text, classes)}
     declared = {*inputs, *slo}
@@ -202,7 +209,18 @@ def _readable(message: str, offset: int, tokens: Sequence[Token], known: list[st
             (t for t in tokens if t.kind == "name" and t.offset <= offset < t.offset + t.length), None
         )
         if name is not None:
-            near = difflib.get_close_matches(name.text, known, n=1, cutoff=0.5)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            by_lower = {each.lower(): each for each in known}
+            near = difflib.get_close_matches(name.text.lower(), by_lower, n=1, cutoff=0.5)
+            hint = f" (did you mean '{by_lower[near[0]]}'?)" if near else ""
             return Fault(name.offset, f"undeclared reference to '{name.text}'{hint}")
+    if message.startswith("Syntax error"):
+        return Fault(offset, _unexpected(message))
     return Fault(offset, message[:1].lower() + message[1:])
+
+
+def _unexpected(message: str) -> str:
+    """A parser speaks of inputs and what it was expecting; people want to know which word is wrong."""
+    found = re.search(r"(?:mismatched|extraneous) input (end|'.*?')(?: |$)", message)
+    if found is None:
+        return message[:1].lower() + message[1:]
+    return "something is missing at the end" if found[1] == "end" else f"unexpected {found[1]}"

@@ -134,6 +134,25 @@ def test_an_order_names_who_gave_it_and_why(world: World, tmp_path: Path) -> Non
     assert "claims    override/kim 1024 holds" in shown
 
 
+def test_an_order_is_no_rule_that_could_be_gone(world: World) -> None:
+    world.start_engine()
+    world.pilot.orders.override("prefill_chunk_tokens", Scope("all"), 256, 60.0, "incident 42", "kim", None)
+    world.ticks(0.2)
+    decided = world.pilot.ledger.recent[0]
+    flight = type("Flight", (), {"pilot": world.pilot, "engine_name": "lab", "rank": 0})()
+    found = Explained(decided, now=now(Explained(decided), status(flight)))
+    assert "  now       prefill_chunk_tokens held at 256 by override/kim" in text(found, world).splitlines()
+
+
+def test_a_later_step_in_shadow_shows_its_condition_alone(world: World, tmp_path: Path) -> None:
+    world.use(GUARD.replace("spec:", "spec:\n  mode: shadow"))
+    world.start_engine()
+    world.ticks(3.0, waiting=150)
+    (found,) = inquire(journal(world, tmp_path), None, 1)
+    assert found.decision.reason == "when: x > 2000 * slo.itl (open_loop)"
+    assert found.with_values == "150 > 2000 * 0.05"
+
+
 def test_the_text_of_then_whatever_the_policy_says_now(world: World, tmp_path: Path) -> None:
     world.start_engine()
     world.ticks(0.2, waiting=150)

@@ -78,10 +78,10 @@ def test_integer_literals_are_promoted() -> None:
         ("kv > 0.5 && wait > 3 && itl_p95", 21, "cannot apply '&&' to (bool, double)"),
         ("wait > 3 && oops > 1", 12, "undeclared reference to 'oops'"),
         ("kv + 1", 0, "must be a condition (true or false), but is double"),
-        ("kv >", 4, "syntax error: mismatched input end"),
+        ("kv >", 4, "something is missing at the end"),
         ("has(kv)", 0, "has(...): expressions have no functions and no macros"),
         ("wait > 1 && [1].all(x, x > 1)", 12, "unexpected character '['"),
-        ("kv > 'a'", 5, 'unexpected character "\'"'),
+        ("kv > 'a'", 5, "there is no text in expressions, only numbers"),
         ("1 < 2", 0, "names no input, so it can never change"),
         ("slo.itl > 1", 0, "names no input, so it can never change"),
         ("(" * 40 + "kv" + ")" * 40 + " > 0.5", 0, "nested too deeply"),
@@ -89,6 +89,31 @@ def test_integer_literals_are_promoted() -> None:
 )
 def test_faults_and_where(text: str, offset: int, message: str) -> None:
     assert (offset, message) in faults(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("kv > 80%", [(5, "write 0.8 for 80%: percentages are for fields")]),
+        ("wait > 250ms", [(7, "write 0.25 for 250ms: durations are for fields, here are seconds")]),
+        ("kv > 0.5 and not kv", [(9, "write && for 'and'"), (13, "write ! for 'not'")]),
+        ("kv = 0.5", [(3, "write == for =")]),
+        ("kv => 0.5", [(3, "write >= for =>")]),
+        ("kv > 0,5", [(5, "write 0.5 for 0,5")]),
+        ("kv > 0.5 & wait > 1", [(9, "write && for &")]),
+        ("kv > 0.5 # full", [(9, "a comment begins with //")]),
+        ('kv > "5s and 80%"', [(5, "there is no text in expressions, only numbers")]),
+        ("  ", [(0, "empty: write a condition, such as `kv > 0.8`")]),
+        ("KV > 0.5", [(0, "undeclared reference to 'KV' (did you mean 'kv'?)")]),
+    ],
+)
+def test_habits_of_other_languages_are_told_what_to_write(text: str, found: list[tuple[int, str]]) -> None:
+    assert faults(text) == found
+
+
+def test_what_is_meant_is_taken() -> None:
+    condition('kv > 0.5 // at 80%, "full" = 1, and then some')
+    assert compile_expression("and > 1.0", {"and": None}, "bool").names == ("and",)
 
 
 def test_all_faults_at_once() -> None:
