@@ -40,8 +40,8 @@ DRAFT = Settings(
         "vllm.v1.core.sched.async_scheduler.AsyncScheduler",
     ),
 )
-"""A draft model that is always right, under the scheduler that GPUs have by default. On the CPU vLLM picks the
-synchronous one unless it is told, and never runs two steps at once."""
+"""A draft model that is always right, under the scheduler that GPUs have by default. On the CPU vLLM picks
+the synchronous one unless it is told, and never runs two steps at once."""
 NGRAM = replace(
     DRAFT,
     target="looping",
