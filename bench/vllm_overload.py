@@ -1,9 +1,9 @@
 """One real vLLM under a bursty load, with and without the pilot: `python bench/vllm_overload.py`.
 
 A tiny Llama with a small KV pool, speculation on (a draft model that is right under greedy sampling and
-mostly wrong at temperature 1) and the valve in front. Interactive requests follow the bursts of the Azure code
-trace (`--trace`), batch clients ask for long answers, both in a closed loop and with limited patience. In the
-second half of each leg requests sample at temperature 1, where drafts miss. Every leg sees the same arrivals
+mostly wrong at temperature 1) and the valve in front. Interactive requests follow the bursts of the Azure
+code trace (`--trace`), batch clients ask for long answers, both in a closed loop and with limited patience. In
+the second half of each leg requests sample at temperature 1, where drafts miss. Every leg sees the same arrivals
 on the same server: vLLM's defaults (no lease), static settings (held by constant leases), the pilot with the
 shipped policies. Token times are the engine's own.
 
