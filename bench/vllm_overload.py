@@ -2,10 +2,10 @@
 
 A tiny Llama with a small KV pool, speculation on (a draft model that is right under greedy sampling and
 mostly wrong at temperature 1) and the valve in front. Interactive requests follow the bursts of the Azure
-code trace (`--trace`), batch clients ask for long answers, both in a closed loop and with limited patience. In
-the second half of each leg requests sample at temperature 1, where drafts miss. Every leg sees the same arrivals
-on the same server: vLLM's defaults (no lease), static settings (held by constant leases), the pilot with the
-shipped policies. Token times are the engine's own.
+code trace (`--trace`), batch clients ask for long answers, both in a closed loop and with limited patience.
+In the second half of each leg requests sample at temperature 1, where drafts miss. Every leg sees the same
+arrivals on the same server: vLLM's defaults (no lease), static settings (held by constant leases), the
+pilot with the shipped policies. Token times are the engine's own.
 
 `spec_off_recovery` and `spec_on_kept` are output tokens a second of a full batch: the pilot against
 speculation held off, on a server whose draft model is never right, and against speculation left on, on one
