@@ -157,7 +157,7 @@ def policies(draw: st.DrawFn) -> list[Policy]:
 
 @st.composite
 def probers(draw: st.DrawFn) -> list[Policy]:
-    """One rule that chooses and probes, with little to spend."""
+    """One rule that chooses and probes, with little to spend, and may go blind while it probes."""
     most, every = draw(st.sampled_from([2, 3])), draw(st.sampled_from(["200ms", "500ms"]))
     return [
         load_text(
@@ -166,8 +166,53 @@ def probers(draw: st.DrawFn) -> list[Policy]:
             "  inputs: {a: {signal: requests_waiting}, b: {signal: requests_running}}\n"
             "  rules:\n    - name: rule-0\n      choose:\n        knob: speculative_tokens\n"
             f"        candidates: {list(DRAFTS)}\n        minimise: forecast.seconds_per_token\n"
-            f"        dwell: {draw(durations)}\n"
-            f"        probe: {{candidate: 1, for: 100ms, every: {every}, backoff: 1}}\n"
+            f"        dwell: {draw(durations)}\n        unless: b > 8\n"
+            f"        probe: {{candidate: 1, for: 150ms, every: {every}, backoff: 1}}\n"
+        )
+    ]
+
+
+@st.composite
+def rivals(draw: st.DrawFn) -> list[Policy]:
+    """One policy that steps and chooses, and one that overrules it now and then."""
+    wait = draw(durations)
+    steps = (
+        "  rules:\n    - name: rule-0\n      choose:\n        knob: speculative_tokens\n"
+        f"        candidates: {list(DRAFTS)}\n        minimise: forecast.seconds_per_token\n"
+        f"        dwell: {wait}\n"
+        f"    - name: rule-1\n      when: a > 2\n      until: a < 2\n      cooldown: {wait}\n"
+        "      do: [{knob: prefill_chunk_tokens, add: -16}]\n"
+        "      recover: [{knob: prefill_chunk_tokens, add: 16, every: 300ms}]\n"
+    )
+    overrules = (
+        "  priority: 200\n  rules:\n    - name: rule-0\n      when: b > 5\n"
+        "      do: [{knob: prefill_chunk_tokens, set: 64}, {knob: speculative_tokens, set: 2}]\n"
+    )
+    return [
+        load_text(
+            f"apiVersion: kvpilot.dev/v1alpha1\nkind: Policy\nmetadata: {{name: p{number}}}\nspec:\n"
+            f"  inputs: {{a: {{signal: requests_waiting}}, b: {{signal: requests_running}}}}\n{rest}"
+        )
+        for number, rest in enumerate((steps, overrules))
+    ]
+
+
+@st.composite
+def walkers(draw: st.DrawFn) -> list[Policy]:
+    """One rule that acts at once and walks home, from either side, in steps of any size."""
+    knob, steps = draw(
+        st.sampled_from([("prefill_chunk_tokens", (7, 16, 90)), ("shed_fraction", (0.01, 0.2))])
+    )
+    least, most = AMOUNTS[knob]
+    value = round(least + (most - least) * draw(st.integers(0, 20)) / 20, 2)
+    size = draw(st.sampled_from(steps)) * (1 if value < KNOBS[knob].baseline else -1)
+    every = draw(st.sampled_from(["100ms", "250ms", "600ms"]))
+    return [
+        load_text(
+            "apiVersion: kvpilot.dev/v1alpha1\nkind: Policy\nmetadata: {name: p0}\nspec:\n"
+            "  inputs: {a: {signal: requests_waiting}, b: {signal: requests_running}}\n"
+            f"  rules:\n    - name: rule-0\n      when: a > 5\n      do: [{{knob: {knob}, set: {value}}}]\n"
+            f"      recover: [{{knob: {knob}, add: {size}, every: {every}}}]\n"
         )
     ]
 

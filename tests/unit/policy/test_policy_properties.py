@@ -21,7 +21,9 @@ from policy_worlds import (
     policies,
     policy_texts,
     probers,
+    rivals,
     series,
+    walkers,
 )
 
 from kvpilot.link.controls import Scope
@@ -63,17 +65,28 @@ def before(flown: Flown, key: Key) -> RuleState | None:
 # No rule acts on a missing input.
 
 
-@flights
-@given(policies(), series())
+@settings(flights, max_examples=100)
+@given(policies() | probers(), series())
 def test_no_rule_acts_on_a_missing_input(made: list[Policy], flight: list[Moment]) -> None:
-    """Where what it goes by is missing, claims stay as they are, go, end a probe, or are the fallback."""
+    """Where what it goes by is missing, claims stay as they are, go, end a probe, or are the fallback; and
+    they go at once, or when `holdFor` is over.
+    """
     known = by_key(made)
+    since_ns: dict[Key, int] = {}
     for flown in fly(made, flight):
+        now_ns = flown.context.now_ns
         for key, state in flown.outcome.state.rules.items():
             policy, rule = known[key]
             old = before(flown, key)
-            if not is_blind(rule, flown.moment, old):
+            if old is None or state.suspended_ns is not None or not is_blind(rule, flown.moment, old):
+                since_ns.pop(key, None)
+            if state.suspended_ns is not None or not is_blind(rule, flown.moment, old):
                 continue
+            began_ns = since_ns.setdefault(key, now_ns)
+            assert state.missing_since_ns is not None
+            assert state.choosing.until_ns is None, "nobody would see what the probe shows"
+            if policy.on_missing == "release" or now_ns - began_ns >= policy.hold_for_ns:
+                assert state.claims == ()
             was = claims_of(old)
             for target, claim in claims_of(state).items():
                 stays = target in was and was[target].value == claim.value
@@ -148,8 +161,8 @@ def representable(action: Action, knob: ManifestKnob) -> bool:
 # No rule changes a knob more often than cooldown and limits allow.
 
 
-@settings(flights, max_examples=60)
-@given(policies() | probers(), series())
+@settings(flights, max_examples=100)
+@given(policies() | probers() | rivals(), series())
 def test_cooldown_and_limits_hold(made: list[Policy], flight: list[Moment]) -> None:
     known = by_key(made)
     changed_ns: dict[tuple[Key, bool], int] = {}
@@ -235,6 +248,44 @@ def test_inactive_rules_only_walk_home(made: list[Policy], flight: list[Moment])
                 if claim.recover_at_ns is not None and target in old:
                     home = KNOBS[claim.knob].baseline
                     assert abs(claim.value - home) <= abs(old[target].value - home)
+
+
+@flights
+@given(walkers(), series())
+def test_recover_takes_one_step_per_every_and_ends_at_baseline(
+    made: list[Policy], flight: list[Moment]
+) -> None:
+    """A step makes the claim nearer to baseline, by no more than was asked or the knob's grid needs; it ends
+    where another step would reach baseline.
+    """
+    ((_, rule),) = by_key(made).values()
+    (recover,) = rule.recover
+    knob = KNOBS[recover.knob]
+    size = max(abs(recover.add), knob.granularity) + knob.granularity
+    stepped_ns = 0
+    for flown in fly(made, [*flight, *[replace(CALM, a=9.0)] * 3, *[CALM] * 30]):
+        now_ns, old, state = flown.context.now_ns, *before_and_after(flown)
+        if old is None or is_gone(flown.moment.a) or {old.phase, state.phase} != {Phase.INACTIVE}:
+            stepped_ns = now_ns
+            continue
+        for target, claim in claims_of(old).items():
+            left, after = knob.baseline - claim.value, claims_of(state).get(target)
+            if now_ns < stepped_ns + recover.every_ns:
+                assert after is not None
+                assert after.value == claim.value
+            elif after is None:
+                assert abs(left) <= size
+            else:
+                step = after.value - claim.value
+                assert 0 < step * math.copysign(1, left) < abs(left)
+                assert abs(step) <= size
+                stepped_ns = now_ns
+
+
+def before_and_after(flown: Flown) -> tuple[RuleState | None, RuleState]:
+    """Of the only rule."""
+    ((key, state),) = flown.outcome.state.rules.items()
+    return before(flown, key), state
 
 
 # Claims and leases agree at every tick.
