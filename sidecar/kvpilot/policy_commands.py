@@ -70,8 +70,10 @@ def _engine(directory: Path) -> "EngineHas":
 
 
 def explain(
-    decision: Annotated[str | None, typer.Argument(help="Its number; the newest if left out.")] = None,
-    last: Annotated[int, typer.Option(min=1, help="How many of the newest.")] = 10,
+    decision: Annotated[str | None, typer.Argument(help="Its number; the newest ones if left out.")] = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="How many of the newest; 10 if nothing is said.")
+    ] = None,
     journal: Annotated[Path | None, typer.Option(help="The pilot's journal, if it lies elsewhere.")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="The configuration; kvpilot.yaml if it is there.")
@@ -90,10 +92,12 @@ def explain(
 
     number = None if decision is None else decision.removeprefix("#")
     if number is not None and not (number.isascii() and number.isdecimal() and len(number) < 19):
-        sys.exit(f"kvpilot: {decision}: a decision is a number, such as 412")
+        sys.exit(f"kvpilot: {decision!r}: a decision is a number, such as 412")
+    if number is not None and last is not None:
+        sys.exit("kvpilot: give the number of a decision or --last, not both")
     at, socket = _journal_and_socket(journal, config)
     try:
-        found = inquire(at, None if number is None else int(number), last)
+        found = inquire(at, None if number is None else int(number), last or 10)
     except JournalError as error:
         sys.exit(f"kvpilot: {error}")
     status = _status(socket)
@@ -115,6 +119,7 @@ def _journal_and_socket(journal: Path | None, config: Path | None) -> tuple[Path
     import os
 
     from kvpilot.config import ConfigError, load
+    from kvpilot.link.place import ENVIRON_ENGINE, ENVIRON_TELEMETRY
     from kvpilot.whereabouts import whereabouts
 
     if journal is not None and config is None:
@@ -125,6 +130,10 @@ def _journal_and_socket(journal: Path | None, config: Path | None) -> tuple[Path
             loaded = load(config or default)
             assert loaded.journal is not None, "load() has filled this in"
             return journal or loaded.journal, loaded.socket
+        if not (os.environ.get(ENVIRON_TELEMETRY) and os.environ.get(ENVIRON_ENGINE)):
+            sys.exit(
+                f"kvpilot: there is no {default} here: name it with --config, or a journal with --journal"
+            )
         return whereabouts(None, None, None, os.environ).journal, None
     except ConfigError as error:
         sys.exit(str(error))

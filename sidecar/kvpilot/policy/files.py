@@ -57,6 +57,9 @@ def _list(given: Path, problems: list[Problem]) -> list[tuple[Path, Path]]:
     """(what people call it, where it is read) for each policy file."""
     if not _is(stat.S_ISDIR, given):
         policy = _tested_by(given)
+        if policy != given and _is(stat.S_ISREG, given) and not policy.exists():
+            problems.append(Problem(str(given), 1, 1, f"tests of {policy.name}, which is not there"))
+            return []
         return [(policy, policy)]
     link = given / _CONFIG_MAP
     root = Path(os.path.realpath(link)) if _is(stat.S_ISDIR, link) else given

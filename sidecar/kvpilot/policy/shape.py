@@ -68,6 +68,8 @@ def _message(kind: str, message: str, path: Path, hint: bool) -> str:
         return f"'{name}' is missing"
     if kind == "extra_forbidden":
         return f"unknown key '{name}'{_hint(name) if hint else ''}"
+    if not path and kind == "model_type":
+        return "the file should be a mapping: lines of `key: value`"
     text = _TEXTS.get(kind) or message.removeprefix("Value error, ").removeprefix("Input ")
     if kind == "string_pattern_mismatch":
         named = path[:1] == ("metadata",) or name == "name"

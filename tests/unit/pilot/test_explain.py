@@ -196,13 +196,25 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     assert (one["number"], one["rule"]["priority"], one["claims"]) == (2, 100, [])
     for wrong, says in (
         ("9999", f"journal {path}: no decision 9999; it has 1 to "),
-        ("x", "x: a decision is a number, such as 412"),
+        ("x", "'x': a decision is a number, such as 412"),
     ):
         code, output = explain(path, wrong)
         assert code == 1
         assert says in output
+    code, output = explain(path, "2", "--last", "3")
+    assert (code, output) == (1, "kvpilot: give the number of a decision or --last, not both\n")
     code, output = explain(tmp_path / "none.sqlite")
     assert (code, output) == (1, f"kvpilot: journal {tmp_path / 'none.sqlite'}: no such file\n")
+
+
+def test_without_a_configuration_it_says_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KVPILOT_TELEMETRY", raising=False)
+    done = CliRunner().invoke(app, ["explain"])
+    says = "kvpilot: there is no kvpilot.yaml here: name it with --config, or a journal with --journal\n"
+    assert (done.exit_code, done.output) == (1, says)
 
 
 def test_a_journal_of_the_first_format_explains_what_it_can(tmp_path: Path) -> None:

@@ -72,6 +72,11 @@ def test_reading_ends_whatever_is_there(tmp_path: Path) -> None:
     assert problems(tmp_path / ("x" * 5000)) == [":1:1: cannot be read: File name too long"]
 
 
+def test_tests_without_their_policy_are_named_as_they_were_given(tmp_path: Path) -> None:
+    (tmp_path / "a.test.yaml").write_text("tests: []")
+    assert problems(tmp_path / "a.test.yaml") == [":1:1: tests of a.yaml, which is not there"]
+
+
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_what_may_not_be_read_is_one_line(tmp_path: Path) -> None:
