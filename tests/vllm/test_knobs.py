@@ -44,7 +44,7 @@ def flight(hangar: "Hangar", settings: Settings) -> Iterator[Flight]:
 
 def test_all_knobs_are_offered_and_scheduling_is_as_claimed(flight: Flight, settings: Settings) -> None:
     assert {knob.name for knob in flight.records.manifest.knobs} >= KNOBS
-    assert ("Async scheduling not supported" in flight.server.log_text()) == (settings is NGRAM)
+    assert ("AsyncScheduler" in flight.server.log_text()) == (settings is DRAFT)
 
 
 def test_step_token_budget(flight: Flight) -> None:
