@@ -4,15 +4,15 @@ Every mistake in the file is reported at once, one line each with file, line and
 relative to the file. Durations are seconds as a number, or `40ms`, `5s`, `2m`.
 """
 
-import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvpilot.clock import NS
+from kvpilot.config_mistakes import problems_of
 from kvpilot.inside.callers import Callers, CallersError
 from kvpilot.policy.context import Slo
 from kvpilot.policy.quantity import parse_duration
@@ -30,6 +30,8 @@ class ConfigError(Exception):
 
 
 def _seconds(value: object) -> float:
+    if isinstance(value, tuple | dict):
+        raise ValueError("should be a duration: write 250ms, 5s or 2m")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return parse_duration(value) / NS
     return float(value)
@@ -143,7 +145,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
     try:
         config = Config.model_validate(_tuples(data))
     except ValidationError as error:
-        raise _errors(_problems(source, error.errors())) from None
+        raise _errors(problems_of(source, error.errors(), _known_keys)) from None
     config = _completed(config, path.parent, environ)
     problems = _check(config, source)
     if problems:
@@ -242,62 +244,6 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return value
-
-
-_MESSAGES = {
-    "extra_forbidden": "unknown key '{key}' ({hint}known: {known})",
-    "missing": "'{key}' is missing",
-    "string_pattern_mismatch": "not a name: letters, digits, '-', '_' and '.'",
-}
-_KINDS = {
-    "tuple_type": "a list",
-    "model_type": "a mapping",
-    "dict_type": "a mapping",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "is_instance_of": "text",
-}
-"""What a value of another kind should have been, as YAML's writer knows it."""
-_SIZES = {
-    "too_short": "should have at least {min_length}",
-    "too_long": "should have at most {max_length}",
-    "string_too_short": "should not be empty",
-}
-
-
-def _problems(source: Source, errors: Sequence[Any]) -> list[Problem]:
-    """A list counts an item that is wrong as none: too few are said of a list whose items are in order."""
-    paths = [error["loc"] for error in errors]
-    return [
-        _problem(source, error)
-        for error, path in zip(errors, paths, strict=True)
-        if error["type"] != "too_short" or not any(other[:-1][: len(path)] == path for other in paths)
-    ]
-
-
-def _problem(source: Source, error: Any) -> Problem:
-    """One pydantic error, in this file's terms."""
-    path, kind = error["loc"], error["type"]
-    if kind == "value_error":
-        return source.at(path, f"{path[-1]}: {error['ctx']['error']}")
-    if kind in _MESSAGES:
-        known = _known_keys(path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.6)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        message = _MESSAGES[kind].format(key=path[-1], known=", ".join(known), hint=hint)
-        return source.at(path, message, key=kind == "extra_forbidden")
-    message = error["msg"].replace("Input should be", "should be")
-    if kind in _KINDS:
-        message = f"should be {_KINDS[kind]}"
-    elif kind in _SIZES:
-        message = _SIZES[kind].format(**error["ctx"])
-    return source.at(path, f"{_name_of(path)}: {message}")
-
-
-def _name_of(path: tuple[str | int, ...]) -> str:
-    """The key that a person wrote: of an item of a list, the list's."""
-    return str(next((part for part in reversed(path) if isinstance(part, str)), "file"))
 
 
 def _known_keys(path: tuple[str | int, ...]) -> list[str]:

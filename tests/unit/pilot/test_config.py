@@ -89,8 +89,9 @@ def test_an_engine_without_directories_is_told_what_to_write(tmp_path: Path) -> 
             ("ttft: 5s", "ttft: 5 seconds"),
             "kvpilot.yaml:3:25: ttft: 5 seconds is not a duration: write 250ms, 5s or 2m",
         ),
-        (("ttft: 5s", "ttft: 0s"), "kvpilot.yaml:3:25: ttft: should be greater than 0"),
-        (("itl: 100ms", "itlx: 1s"), "kvpilot.yaml:3:5: 'itl' is missing"),
+        (("ttft: 5s", "ttft: 0s"), "kvpilot.yaml:3:25: ttft: should be above 0"),
+        (("ttft: 5s, ", ""), "kvpilot.yaml:3:5: 'ttft' is missing"),
+        (("ttft: 5s", "ttft: [5s]"), "kvpilot.yaml:3:25: ttft: should be a duration: write 250ms, 5s or 2m"),
         (
             ("finished: 0", "finishd: 0"),
             "kvpilot.yaml:5:18: unknown key 'finishd' (did you mean 'finished'? known: after, finished)",
@@ -110,7 +111,7 @@ def test_an_engine_without_directories_is_told_what_to_write(tmp_path: Path) -> 
             "kvpilot.yaml:5:1: unknown key 'polcies' (did you mean 'policies'? ",
         ),
         (("arm:", "rank: 1.5\narm:"), "kvpilot.yaml:5:7: rank: should be a whole number"),
-        (("arm:", "rank: -1\narm:"), "kvpilot.yaml:5:7: rank: should be greater than or equal to 0"),
+        (("arm:", "rank: -1\narm:"), "kvpilot.yaml:5:7: rank: should be at least 0"),
         (("arm:", "valve: rank0\narm:"), "kvpilot.yaml:5:8: valve: should be true or false"),
         (("{after: 0s, finished: 0}", "5"), "kvpilot.yaml:5:6: arm: should be a mapping"),
         (("name: oncall", "name: ''"), "kvpilot.yaml:7:12: name: should not be empty"),
@@ -125,6 +126,13 @@ def test_a_mistake_is_one_line_with_its_place(
     else:
         lines = mistakes(tmp_path, text)
         assert any(line.startswith(expected.replace("{folder}", str(tmp_path))) for line in lines), lines
+
+
+def test_a_misspelt_key_is_one_mistake_and_not_also_a_missing_one(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, GOOD.replace("itl: 100ms", "itlx: 1s"))
+    assert line.startswith("kvpilot.yaml:3:29: unknown key 'itlx' (did you mean 'itl'? ")
+    (line,) = mistakes(tmp_path, GOOD.replace("classes:", "clases:"))
+    assert "unknown key 'clases' (did you mean 'classes'? " in line
 
 
 def test_all_mistakes_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
