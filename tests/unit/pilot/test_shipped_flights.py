@@ -85,7 +85,7 @@ class TestSpeculation:
         without, _ = self.rate(0.0, speculative_tokens=0)
         drafting, _ = self.rate(0.0)
         assert drafting < 0.8 * without, "drafting has to be a mistake here"
-        assert found > 0.9 * without
+        assert found > 0.85 * without, "all that it costs is the first moment"
 
     def test_probes_cost_less_than_a_twentieth(self) -> None:
         chance = 0.0
