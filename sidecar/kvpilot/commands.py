@@ -99,13 +99,13 @@ def override(
 ) -> None:
     """Hold a knob at a value; outranks every policy."""
     from kvpilot.clock import NS
-    from kvpilot.policy.quantity import parse_duration
+    from kvpilot.policy.quantity import parse_duration, parse_number
 
     knob, _, text = setting.partition("=")
     try:
-        value = None if text == "none" else float(text)
+        value = None if text == "none" else parse_number(text) if text.endswith("%") else float(text)
     except ValueError:
-        _fail(f"{setting!r}: write KNOB=NUMBER or KNOB=none")
+        _fail(f"{setting!r}: write KNOB=NUMBER, such as max_running=8 or shed_fraction=50%, or KNOB=none")
     try:
         for_s = parse_duration(for_) / NS
     except ValueError as error:

@@ -4,6 +4,7 @@ Orders end by wall time, because that is what a person means by ten minutes and 
 knows; within one pilot they run on the monotonic clock.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.context import Override
 
-LONGEST_S = 7 * 24 * 3600.0
+LONGEST_S = 24 * 3600.0
 MOST_ORDERS = 8
 """At a time: they share one page with the leases of policies, and a page that overflows is not written."""
 MOST_CLASSES = 8
@@ -124,12 +125,20 @@ class Orders:
             raise OrderError(f"still off: remove the file {self._off_file}")
 
 
+def unknown_knob(knob: str, known: Iterable[str], says: str) -> str:
+    """`says` and the name; then the nearest one that is known, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(knob, names, n=1, cutoff=0.6)
+    hint = f" (did you mean {near[0]!r}?)" if near else f"; there are {', '.join(names)}"
+    return f"{says} {knob!r}{hint}"
+
+
 def _check(
     knob: str, scope: Scope, value: float | None, for_s: float, why: str, limits: ManifestKnob | None
 ) -> None:
     row = KNOBS.get(knob)
     if row is None:
-        raise OrderError(f"no knob is called {knob!r}; there are {', '.join(KNOBS)}")
+        raise OrderError(unknown_knob(knob, KNOBS, "no knob is called"))
     if not row.scoped and scope.kind != "all":
         raise OrderError(f"{knob} is one value for all requests: it takes no scope")
     if value is None:
@@ -145,6 +154,6 @@ def _check(
             f"{knob}={value:g}: {'this engine' if limits else 'kvpilot'} takes {low:g} to {high:g}"
         )
     if not 0 < for_s <= LONGEST_S:
-        raise OrderError(f"--for {for_s:g}s: more than 0 and at most {LONGEST_S / 86_400:g} days")
+        raise OrderError(f"--for {for_s:g}s: more than 0 and at most {LONGEST_S / 3600:g}h")
     if not why.strip():
         raise OrderError("an override needs a reason: --why TEXT")

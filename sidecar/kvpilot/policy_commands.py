@@ -108,6 +108,8 @@ def explain(
         return
     if status is None:
         typer.echo("No pilot answers: this is what the journal says.\n")
+    if not found:
+        typer.echo("no decisions yet")
     for each in found:
         for line in lines(each, SystemClock().wall_ns()):
             typer.echo(line)

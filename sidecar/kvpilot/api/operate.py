@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from kvpilot.adapters.valves import VALVE_KNOBS
-from kvpilot.api.client import SocketError
+from kvpilot.api.client import MAX_LINE_BYTES, SocketError
 from kvpilot.flight import Flight
 from kvpilot.journal.records import parse_scope
-from kvpilot.orders import OrderError
+from kvpilot.orders import OrderError, unknown_knob
 from kvpilot.publish.status import status
 
-MAX_LINE_BYTES = 64 * 1024
 MODE = 0o600
 _CREDENTIALS = struct.Struct("3i")
 
@@ -127,7 +126,7 @@ class OperatingSocket:
         knobs = tick.context.knobs if tick is not None and tick.context is not None else {}
         knob, value = _text(order, "knob"), order.get("value")
         if knobs and knob not in knobs:
-            raise OrderError(f"this engine has no knob {knob!r}; it has {', '.join(sorted(knobs))}")
+            raise OrderError(unknown_knob(knob, knobs, "this engine has no knob"))
         try:
             scope = parse_scope(_text(order, "scope") or "all")
             number = None if value is None else _number(order, "value")
@@ -161,6 +160,11 @@ def _text(order: Mapping[str, Any], key: str) -> str:
     value = order.get(key, "")
     if not isinstance(value, str) or len(value) > 1000:
         raise OrderError(f"{key} must be text of at most 1000 characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # It would be obeyed and could not be journalled.
+        raise OrderError(f"{key} must be text in UTF-8") from None
     return value
 
 

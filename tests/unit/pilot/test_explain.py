@@ -207,6 +207,12 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     assert (code, output) == (1, f"kvpilot: journal {tmp_path / 'none.sqlite'}: no such file\n")
 
 
+def test_an_empty_journal_says_so(tmp_path: Path) -> None:
+    JournalStore(tmp_path / "journal.sqlite").close()
+    code, output = explain(tmp_path / "journal.sqlite")
+    assert (code, output.splitlines()[-1]) == (0, "no decisions yet")
+
+
 def test_without_a_configuration_it_says_what_to_give(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

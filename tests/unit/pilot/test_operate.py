@@ -61,7 +61,7 @@ def test_orders_are_obeyed_at_the_next_tick(world: World) -> None:
         (b"[" * 50_000, "not an order: "),
         ({"do": "explode"}, "cannot do 'explode'"),
         ({}, "cannot do None"),
-        (over(knob="max_running"), "this engine has no knob 'max_running'; it has prefill_chunk_tokens"),
+        (over(knob="max_running"), "this engine has no knob 'max_running'; there are prefill_chunk_tokens"),
         (over(knob=7), "knob must be text"),
         (over(value=9999), "prefill_chunk_tokens=9999: this engine takes 16 to 2048"),
         (over(value="9"), "value must be a number"),
@@ -70,6 +70,8 @@ def test_orders_are_obeyed_at_the_next_tick(world: World) -> None:
         (over(value=10**400), "value is beyond any number"),
         (over(why=""), "an override needs a reason"),
         (over(why="x" * 2000), "why must be text of at most 1000"),
+        (over(why="\udcff"), "why must be text in UTF-8"),
+        (over(scope="tenant=\udcff"), "scope must be text in UTF-8"),
         (over(scope="classAtMost=0"), "takes no scope"),
         (over(scope="some"), "'some' is not a scope"),
         ({"do": "off"}, "off needs a reason"),
@@ -127,6 +129,11 @@ def test_several_lines_are_answered_in_order_and_an_endless_one_ends_the_call(
     assert json.loads(first)["ok"] is False
     assert json.loads(second)["ok"] is True
     assert third == b""
+
+
+def test_an_order_longer_than_any_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(SocketError, match="an order has at most 65536 bytes; this one has 7"):
+        ask(tmp_path / "unused", over(why="x" * 70_000))
 
 
 def test_what_a_killed_pilot_left_is_replaced(world: World, tmp_path: Path) -> None:

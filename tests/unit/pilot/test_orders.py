@@ -82,11 +82,12 @@ def test_a_shadowing_configuration_is_off_until_it_is_changed() -> None:
 @pytest.mark.parametrize(
     ("knob", "scope", "value", "for_s", "why", "message"),
     [
-        ("max_runing", ALL, 8, 60, "x", "no knob is called 'max_runing'; there are"),
+        ("max_runing", ALL, 8, 60, "x", "no knob is called 'max_runing' (did you mean 'max_running'?)"),
+        ("nonsense", ALL, 8, 60, "x", "no knob is called 'nonsense'; there are admission_credits, "),
         ("max_running", ALL, 65, 60, "x", "max_running=65: this engine takes 1 to 64"),
         ("max_running", ALL, float("nan"), 60, "x", "max_running=nan"),
         ("max_running", ALL, 8, 0, "x", "more than 0"),
-        ("max_running", ALL, 8, 1e9, "x", "at most 7 days"),
+        ("max_running", ALL, 8, 1e9, "x", "at most 24h"),
         ("max_running", ALL, 8, 60, " ", "needs a reason"),
         ("max_running", Scope("class_at_most", 0), 8, 60, "x", "takes no scope"),
         ("max_running", ALL, None, 0, "", "no override of max_running (all) is in force"),
