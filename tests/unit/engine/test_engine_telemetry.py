@@ -10,7 +10,7 @@ from kvengine.core import Core
 from kvengine.errors import DeviceOutOfMemory
 from kvengine.kv.plan import Plan
 from kvengine.kv.pool import BlockPool
-from kvengine.manifest import PREFIX_FIELDS, build_manifest
+from kvengine.manifest import PREFIX_FIELDS, PREFIX_SIGNALS, build_manifest
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.admission import Limits
 from kvengine.sched.batch import Batch
@@ -105,7 +105,7 @@ def test_every_field_that_this_engine_can_fill_is_filled() -> None:
     """
     names = {field.name for field in Flight().manifest.fields if not field.name.startswith("knob.")}
     assert names == set(STEP_FIELDS) - set(PREFIX_FIELDS) - {HOST_FIELD, "blocks_step"}
-    assert set(Flight().manifest.unsupported_signals) == set(PREFIX_FIELDS)
+    assert set(Flight().manifest.unsupported_signals) == set(PREFIX_SIGNALS)
 
 
 def test_an_engine_without_a_draft_says_that_it_cannot_speculate() -> None:
