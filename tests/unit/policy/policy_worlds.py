@@ -198,6 +198,20 @@ def rivals(draw: st.DrawFn) -> list[Policy]:
 
 
 @st.composite
+def followers(draw: st.DrawFn) -> list[Policy]:
+    """One rule whose value moves all the time, so that only its coming and going can cool down."""
+    return [
+        load_text(
+            "apiVersion: kvpilot.dev/v1alpha1\nkind: Policy\nmetadata: {name: p0}\nspec:\n"
+            "  inputs: {a: {signal: requests_waiting}, b: {signal: requests_running}}\n"
+            "  rules:\n    - name: rule-0\n      when: b > 5\n"
+            f"      cooldown: {draw(st.sampled_from(['1s', '2s']))}\n"
+            "      do: [{knob: prefill_chunk_tokens, set: a * 30}]\n"
+        )
+    ]
+
+
+@st.composite
 def walkers(draw: st.DrawFn) -> list[Policy]:
     """One rule that acts at once and walks home, from either side, in steps of any size."""
     knob, steps = draw(
@@ -280,6 +294,15 @@ def series(draw: st.DrawFn) -> list[Moment]:
     stretch = mostly([False], (True,), 9).flatmap(lambda ends: st.just(RESTART) if ends else moments)
     stretches = draw(st.lists(st.tuples(stretch, st.integers(1, 15)), min_size=2, max_size=10))
     return list(itertools.chain.from_iterable([moment] * length for moment, length in stretches))
+
+
+@st.composite
+def nervous(draw: st.DrawFn) -> list[Moment]:
+    """What rules go by comes, goes and is missing within moments; all else stays as it is."""
+    prices = draw(st.sampled_from([CALM.prices, (1.0, 2.0, 3.0, 3.0, 3.0)]))
+    values = st.sampled_from([0.0, 6.0, 9.0, GONE[0], math.nan])
+    stretches = draw(st.lists(st.tuples(values, st.integers(1, 6)), min_size=4, max_size=14))
+    return [Moment(a=value, b=value, prices=prices) for value, length in stretches for _ in range(length)]
 
 
 @dataclass(frozen=True)

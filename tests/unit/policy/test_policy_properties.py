@@ -18,6 +18,8 @@ from policy_worlds import (
     Moment,
     by_key,
     fly,
+    followers,
+    nervous,
     policies,
     policy_texts,
     probers,
@@ -66,7 +68,7 @@ def before(flown: Flown, key: Key) -> RuleState | None:
 
 
 @settings(flights, max_examples=100)
-@given(policies() | probers(), series())
+@given(policies() | probers(), series() | nervous())
 def test_no_rule_acts_on_a_missing_input(made: list[Policy], flight: list[Moment]) -> None:
     """Where what it goes by is missing, claims stay as they are, go, end a probe, or are the fallback; and
     they go at once, or when `holdFor` is over.
@@ -162,7 +164,7 @@ def representable(action: Action, knob: ManifestKnob) -> bool:
 
 
 @settings(flights, max_examples=100)
-@given(policies() | probers() | rivals(), series())
+@given(policies() | probers() | rivals() | followers(), series() | nervous())
 def test_cooldown_and_limits_hold(made: list[Policy], flight: list[Moment]) -> None:
     known = by_key(made)
     changed_ns: dict[tuple[Key, bool], int] = {}
@@ -388,16 +390,28 @@ def test_a_person_is_never_overruled(given_bids: list[Bid]) -> None:
 @given(policies(), series(), policy_texts("p0"), st.data())
 def test_reload(made: list[Policy], flight: list[Moment], other: str, data: st.DataObject) -> None:
     """After a flight one policy gets another text, one goes, one stays; the tick after is calm."""
+    kept = [policy for policy in made[1:] if data.draw(st.booleans())]
+    reloads(made, flight, load_text(other), kept)
+
+
+@flights
+@given(walkers(), series(), walkers())
+def test_reload_of_a_rule_that_holds_a_claim(
+    made: list[Policy], flight: list[Moment], other: list[Policy]
+) -> None:
+    reloads(made, [*flight, *[replace(CALM, a=9.0)] * 2], other[0], [])
+
+
+def reloads(made: list[Policy], flight: list[Moment], other: Policy, kept: list[Policy]) -> None:
     flown = fly(made, flight)[-1]
     state, now_ns = flown.outcome.state, flown.context.now_ns
-    kept = [policy for policy in made[1:] if data.draw(st.booleans())]
-    (swapped,) = fly([load_text(other), *kept], [CALM], state, now_ns)
+    (swapped,) = fly([other, *kept], [CALM], state, now_ns)
     (unchanged,) = fly(made, [CALM], state, now_ns)
     for policy in kept:
         for rule in policy.rules:
             key = (policy.name, rule.name)
             assert without_rivals(swapped, key) == without_rivals(unchanged, key), "unchanged keeps its state"
-    present = by_key([load_text(other), *kept])
+    present = by_key([other, *kept])
     assert swapped.outcome.state.rules.keys() <= present.keys()
     for key, old in state.rules.items():
         if key not in present:
