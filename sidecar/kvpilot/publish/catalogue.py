@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
 from kvpilot.adapters.condition import CONDITION_SIGNALS
@@ -130,31 +130,30 @@ def as_json(rows: Iterable[SignalRow] | Iterable[KnobRow]) -> list[dict[str, Any
 
 
 def render_signals(rows: Sequence[SignalRow]) -> RenderableType:
-    """A table for a terminal."""
-    table = _table("signal", "is", "plausible", "from", "engines", "meaning")
+    """For a terminal, however narrow."""
+    entries = []
     for row in rows:
         kind = f"{row.kind}, by class" if row.per_class else row.kind
-        meaning = Text(row.meaning, style="dim")
-        table.add_row(row.name, kind, _range(row), row.provider, _engines(row.engines), meaning)
+        facts = (kind, _range(row), f"from the {row.provider}", _engines(row.engines))
+        entries.append(_entry(row.name, facts, row.meaning))
     fits = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in AGGREGATIONS.items())
-    return Group(table, Text(f"\nHow samples become one value (agg): {fits}."))
+    return Group(*entries, Text(f"\nHow samples become one value (agg): {fits}."))
 
 
 def render_knobs(rows: Sequence[KnobRow]) -> RenderableType:
-    """A table for a terminal."""
-    table = _table("knob", "plausible", "safer", "scopes", "moved in", "engines", "meaning")
+    """For a terminal, however narrow."""
+    entries = []
     for row in rows:
-        scopes = "class, tenant" if row.scoped else "all"
-        meaning = Text(row.meaning, style="dim")
-        table.add_row(row.name, _range(row), row.safer, scopes, row.where, _engines(row.engines), meaning)
-    return table
+        scopes = "for all, a class or a tenant" if row.scoped else "for all"
+        facts = (_range(row), f"{row.safer} is safer", scopes, f"in the {row.where}", _engines(row.engines))
+        entries.append(_entry(row.name, facts, row.meaning))
+    return Group(*entries)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=column in ("signal", "knob"))
-    return table
+def _entry(name: str, facts: Iterable[str], meaning: str) -> RenderableType:
+    """What it is called, what it means, and what can be said in a word each."""
+    said = Text.assemble(meaning, "\n", ("; ".join(fact for fact in facts if fact), "dim"))
+    return Group(Text(name, style="bold"), Padding(said, (0, 0, 0, 4)))
 
 
 def _range(row: SignalRow | KnobRow) -> str:
