@@ -58,9 +58,17 @@ def place(text: str, word: str) -> tuple[int, int]:
     return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
-@pytest.mark.parametrize("path", [*sorted(SHIPPED.glob("*.yaml")), EVERY_CLAUSE], ids=lambda path: path.stem)
-def test_what_kvpilot_takes_the_editor_takes(server: LanguageServer, path: Path) -> None:
-    assert said(server.open(path.name, MODELINE + path.read_text())) == []
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_policy_brings_its_modeline_and_has_no_mistakes(server: LanguageServer, path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith(MODELINE)
+    assert said(server.open(path.name, text)) == []
+    wrong = said(server.open(f"wrong-{path.name}", text.replace("\n  rules:", "\n  rulse:", 1)))
+    assert any("Property rulse is not allowed." in mistake for mistake in wrong)
+
+
+def test_what_kvpilot_takes_the_editor_takes(server: LanguageServer) -> None:
+    assert said(server.open(EVERY_CLAUSE.name, MODELINE + EVERY_CLAUSE.read_text())) == []
 
 
 def test_a_series_of_one_number_needs_no_quotes(server: LanguageServer) -> None:
