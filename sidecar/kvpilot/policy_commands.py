@@ -23,7 +23,7 @@ AnEnginesPages = Annotated[
 
 def check(paths: Paths, engine: AnEnginesPages = None) -> None:
     """Every mistake in every policy file, as file:line:column: message."""
-    from kvpilot.policy.testing import check as check_policies
+    from kvpilot.policy.checking import check as check_policies
 
     checked = check_policies(paths, None if engine is None else _engine(engine))
     for problem in checked.problems:

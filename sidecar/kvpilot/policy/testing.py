@@ -12,15 +12,13 @@ from pathlib import Path
 from kvpilot.clock import NS, Clock
 from kvpilot.knobs import KNOBS
 from kvpilot.link.manifest import ManifestKnob
-from kvpilot.policy.against import EngineHas
 from kvpilot.policy.cases import Case, Expected
 from kvpilot.policy.context import Context
 from kvpilot.policy.evaluate import evaluate
 from kvpilot.policy.expr import Reading
-from kvpilot.policy.files import gather
 from kvpilot.policy.grid import protective_first
 from kvpilot.policy.lease import LeaseWish
-from kvpilot.policy.load import Loaded, PolicyErrors, load_gathered, load_with_tests
+from kvpilot.policy.load import Loaded, PolicyErrors, load_with_tests
 from kvpilot.policy.outcome import Outcome
 from kvpilot.policy.quantity import format_duration
 from kvpilot.policy.rules import Policy
@@ -77,24 +75,6 @@ class TestReport:
         yield from (f"none {name}: has no tests" for name in self.untested)
         failed = sum(not result.passed for result in self.results)
         yield f"{len(self.results) - failed} passed, {failed} failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """How many policy files were looked at, and every error in them as `path:line:col: message`."""
-
-    files: int
-    problems: tuple[str, ...]
-
-
-def check(paths: Iterable[str | Path], engine: EngineHas | None = None) -> Checked:
-    """Look at every file; with `engine`, also at what that lacks."""
-    gathered = gather(paths)
-    try:
-        load_gathered(gathered, engine=engine)
-    except PolicyErrors as errors:
-        return Checked(len(gathered.files), tuple(str(problem) for problem in errors.problems))
-    return Checked(len(gathered.files), ())
 
 
 def run_tests(paths: Iterable[str | Path], clock: Clock, trace: bool = False) -> TestReport:

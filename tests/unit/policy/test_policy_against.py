@@ -12,7 +12,7 @@ from kvpilot.commands import app
 from kvpilot.inside.hook import StepHook
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.policy.against import EngineHas
-from kvpilot.policy.testing import check
+from kvpilot.policy.checking import check
 
 FULL = Path(__file__).parent / "every_clause.yaml"
 KNOBS = {

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from kvpilot.policy.checking import check
 from kvpilot.policy.files import gather
 from kvpilot.policy.source import MAX_BYTES
-from kvpilot.policy.testing import check
 
 
 def names(*paths: Path) -> list[str]:

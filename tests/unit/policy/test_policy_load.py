@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from kvpilot.link.controls import Scope
+from kvpilot.policy.checking import check
 from kvpilot.policy.load import PolicyErrors, load_policies, load_text
 from kvpilot.policy.rules import Policy
 from kvpilot.policy.schema import json_schema
-from kvpilot.policy.testing import check
 
 SHIPPED = Path(__file__).parents[3] / "policies"
 

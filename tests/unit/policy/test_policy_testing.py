@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from kvpilot.clock import NS, VirtualClock
 from kvpilot.commands import app
+from kvpilot.policy.checking import check
 from kvpilot.policy.junit import junit_xml
 from kvpilot.policy.load import load_with_tests
-from kvpilot.policy.testing import check, run_case, run_tests
+from kvpilot.policy.testing import run_case, run_tests
 
 SHIPPED = Path(__file__).parents[3] / "policies"
 
