@@ -71,6 +71,13 @@ def test_what_kvpilot_takes_the_editor_takes(server: LanguageServer) -> None:
     assert said(server.open(EVERY_CLAUSE.name, MODELINE + EVERY_CLAUSE.read_text())) == []
 
 
+@pytest.mark.parametrize("mode", ["off", "shadow", "enforce"])
+def test_off_is_a_word(server: LanguageServer, mode: str) -> None:
+    """As YAML 1.2 has it, and not false."""
+    text = POLICY.replace("spec:\n", f"spec:\n  mode: {mode}\n")
+    assert said(server.open(f"mode-{mode}.yaml", text)) == []
+
+
 def test_a_series_of_one_number_needs_no_quotes(server: LanguageServer) -> None:
     case = "tests:\n  - {name: t, series: {kv: 0.1}, knobs: {max_running: 8}, expect: [{at: 1s}]}\n"
     assert said(server.open("number.yaml", POLICY + case)) == []
