@@ -158,7 +158,7 @@ def policies(draw: st.DrawFn) -> list[Policy]:
 @st.composite
 def probers(draw: st.DrawFn) -> list[Policy]:
     """One rule that chooses and probes, with little to spend, and may go blind while it probes."""
-    most, every = draw(st.sampled_from([2, 3])), draw(st.sampled_from(["200ms", "500ms"]))
+    most, every = draw(st.sampled_from([2, 4])), draw(st.sampled_from(["200ms", "500ms"]))
     return [
         load_text(
             "apiVersion: kvpilot.dev/v1alpha1\nkind: Policy\nmetadata: {name: p0}\nspec:\n"
@@ -300,7 +300,7 @@ def series(draw: st.DrawFn) -> list[Moment]:
 def nervous(draw: st.DrawFn) -> list[Moment]:
     """What rules go by comes, goes and is missing within moments; all else stays as it is."""
     prices = draw(st.sampled_from([CALM.prices, (1.0, 2.0, 3.0, 3.0, 3.0)]))
-    values = st.sampled_from([0.0, 6.0, 9.0, GONE[0], math.nan])
+    values = st.sampled_from([0.0, 6.0, 6.0, 9.0, GONE[0], math.nan])
     stretches = draw(st.lists(st.tuples(values, st.integers(1, 6)), min_size=4, max_size=14))
     return [Moment(a=value, b=value, prices=prices) for value, length in stretches for _ in range(length)]
 
