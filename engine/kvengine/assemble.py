@@ -118,7 +118,6 @@ def _facts(memory_plan: Plan, limits: Limits, target: ModelConfig) -> dict[str, 
     """What the API process needs to know, and prints."""
     return {
         "plan": asdict(memory_plan),
-        "oversubscribed": memory_plan.oversubscribed,
         "limits": asdict(limits),
         "vocabulary": target.vocab_size,
     }

@@ -26,6 +26,7 @@ from kvengine.config import (
 )
 from kvengine.errors import ConfigError, EngineError, StartError
 from kvengine.frontend import EngineClient
+from kvengine.kv.plan import Plan
 from kvengine.model.config import ModelConfig
 from kvengine.model.tokenizer import Tokenizer
 from kvengine.process import LOG_FORMAT, CoreProcess
@@ -186,21 +187,7 @@ def _listen(listener: socket.socket, host: str, port: int) -> None:
 
 
 def _ready_line(config: EngineConfig, facts: dict[str, Any], host: str, port: int) -> str:
-    plan = facts["plan"]
-    kv_bytes = plan["blocks"] * plan["block_bytes"]
-    left_bytes = plan["memory_bytes"] - plan["resident_bytes"] - kv_bytes
-    line = (
-        f"kvengine serves {config.name} on http://{host}:{port}: {_mib(plan['memory_bytes'])} of memory = "
-        f"{_mib(plan['resident_bytes'])} weights and buffers + {_mib(kv_bytes)} KV "
-        f"({plan['blocks']} blocks of {plan['block_size']} tokens) + {_mib(left_bytes)} for steps"
-    )
-    if facts["oversubscribed"]:
-        line += f"; OVERSUBSCRIBED: the largest step needs {_mib(plan['worst_step_bytes'])}"
-    return line
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"
+    return f"kvengine serves {config.name} on http://{host}:{port}: {Plan(**facts['plan']).sentence}"
 
 
 def _on_stop_signals(handler: Any) -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvengine.errors import ConfigError
+from kvengine.kv.plan.division import check_block_size
+from kvengine.kv.plan.units import parse_bytes
 
 SHIPPED_TARGET = Path(__file__).parent / "weights" / "target"
 SHIPPED_DRAFT = Path(__file__).parent / "weights" / "draft"
 SHIPPED_NAME = "kvpilot-tiny"
-
-_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "block_size", "step_token_budget", "max_running", "threads"):
             self._at_least(name, 1)
+        check_block_size(self.block_size)
         self._at_least("prefill_chunk_tokens", 1)
         self._at_least("speculative_tokens", 0)
         if self.max_model_len is not None:
@@ -93,15 +93,6 @@ class EngineConfig:
         if values["external"] is not None:
             values["external"] = ExternalMemory(**values["external"])
         return cls(**values)
-
-
-def parse_bytes(text: str) -> int:
-    """`256MiB`, `1.5GiB`, `1000000` → bytes. Raises ConfigError."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or match[2] not in _UNITS:
-        units = ", ".join(unit for unit in _UNITS if unit)
-        raise ConfigError(f"{text!r} is not a size: write a number and one of {units}, as in 256MiB")
-    return round(float(match[1]) * _UNITS[match[2]])
 
 
 def parse_external(text: str) -> ExternalMemory:

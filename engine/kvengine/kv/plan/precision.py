@@ -1,0 +1,72 @@
+"""What an element of KV, or of the weights, takes.
+
+`scale_bytes` are stored beside each token's vector of a KV head, once for K and once for V. fp8 and int8
+scale by layer and head: a few kilobytes in all, nothing a token. int4 has too few levels for that: one fp16
+scale for each vector.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+from kvengine.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Of KV elements: bits each, and bytes of scale for each vector of a head."""
+
+    name: str
+    bits: int
+    scale_bytes: int = 0
+
+    def vector_bytes(self, head_dim: int) -> int:
+        """One head's K, or V, of one token. Elements are packed."""
+        return (head_dim * self.bits + 7) // 8 + self.scale_bytes
+
+
+KV_PRECISIONS = {
+    one.name: one
+    for one in (
+        Precision("fp32", 32),
+        Precision("bf16", 16),
+        Precision("fp16", 16),
+        Precision("fp8", 8),
+        Precision("int8", 8),
+        Precision("int4", 4, scale_bytes=2),
+    )
+}
+WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8}
+"""Formats of weights that follow from the shape alone. Packed ones (GPTQ, AWQ) have groups: --weights."""
+
+ALIASES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "fp8_e4m3": "fp8",
+    "fp8_e4m3fn": "fp8",
+    "fp8_e5m2": "fp8",
+    "float8_e4m3fn": "fp8",
+    "float8_e5m2": "fp8",
+}
+
+
+def kv_precision(name: str) -> Precision:
+    """Raises ConfigError for an unknown name."""
+    return KV_PRECISIONS[_known("--kv-dtype", name, list(KV_PRECISIONS))]
+
+
+def weight_dtype(name: str) -> str:
+    """The short name. Raises ConfigError for an unknown one."""
+    return _known("--weight-dtype", name, list(WEIGHT_BITS))
+
+
+def _known(option: str, name: str, known: list[str]) -> str:
+    key = name.strip().lower().removeprefix("torch.")
+    key = ALIASES.get(key, key)
+    if key not in known:
+        near = difflib.get_close_matches(key, [*known, *ALIASES], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{option} {name}: {hint}known are {', '.join(known)}")
+    return key
