@@ -122,7 +122,10 @@ def check_shadowed(folder: Path, environ: Mapping[str, str]) -> None:
     assert seen["engine"]["state"] in ("live", "idle")
     assert seen["engine"]["valves"] == 1
     assert seen["leases"] == []
-    assert {decision["verdict"] for decision in seen["decisions"]} == {"shadow"}
+    # Some policies are for knobs that vLLM has not.
+    verdicts = {decision["verdict"] for decision in seen["decisions"]}
+    assert verdicts <= {"shadowed", "unsupported"}
+    assert "shadowed" in verdicts
     assert "vllm" in shell(STATUS, environ, folder)
     place = LinkPlace(folder / "link/telemetry", folder / "link/controls", "chat", frozenset({os.geteuid()}))
     records = Records(place)

@@ -114,6 +114,7 @@ def test_a_hook_that_fails_under_load_is_off_and_nobody_notices(faulty: tuple[Fl
         until(lambda: "injected by a test" in flight.server.log_text(), 5, "the failure is logged")
         time.sleep(0.5)
         flight.iterations()
+        flight.records.poll()
         time.sleep(1.5)
         after = flight.iterations()
     assert max(step.requests for step in held.iterations) == 2
