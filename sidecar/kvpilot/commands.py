@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from kvpilot import policy_commands
+from kvpilot.plan import plan
 
 if TYPE_CHECKING:
     from kvpilot.whereabouts import Whereabouts
@@ -71,6 +72,7 @@ app.command()(policy_commands.explain)
 app.command()(policy_commands.schema)
 app.command()(policy_commands.signals)
 app.command()(policy_commands.knobs)
+app.command()(plan)
 
 
 @app.command()
@@ -295,10 +297,12 @@ def _ask(config: Path, order: Mapping[str, Any]) -> dict[str, Any]:
     from kvpilot.config import ConfigError, load
 
     try:
-        path = load(config).socket
-        assert path is not None, "load() has filled this in"
-        return ask(path, order)
+        loaded = load(config)
+        assert loaded.socket is not None, "load() has filled this in"
+        return ask(loaded.socket, order)
     except ConfigError as error:
         sys.exit(str(error))
     except SocketError as error:
-        _fail(error)
+        # Who wants it off at 3 a.m. should not have to mend a socket first.
+        by_file = order["do"] == "off" and loaded.policies is not None
+        _fail(f"{error}; `touch {loaded.policies}/off` does the same without it" if by_file else error)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pilot_world import MemoryValve, World, policy
 
+from kvpilot import commands
 from kvpilot.api.client import SocketError, ask
 from kvpilot.api.operate import OperatingSocket
 from kvpilot.flight import Flight
@@ -106,6 +107,18 @@ def test_the_socket_is_its_owners_alone_and_the_kernel_names_the_caller(world: W
     assert not path.exists()
     with pytest.raises(SocketError, match="no pilot listens on"):
         ask(path, over())
+
+
+def test_off_without_a_pilot_names_the_file_that_does_the_same(tmp_path: Path) -> None:
+    (tmp_path / "rules").mkdir()
+    config = tmp_path / "kvpilot.yaml"
+    config.write_text(
+        "engine: {name: lab, telemetry: t, controls: c}\n"
+        "classes: [{name: default, ttft: 1s, itl: 50ms}]\n"
+        "policies: rules\nsocket: nobody.sock\n"
+    )
+    with pytest.raises(SystemExit, match=f"no pilot listens.*`touch {tmp_path}/rules/off` does the same"):
+        commands.off("an incident", config)
 
 
 def test_several_lines_are_answered_in_order_and_an_endless_one_ends_the_call(
