@@ -151,11 +151,11 @@ def _weights(question: Question) -> int:
         return question.weights_bytes
     if question.model is None:
         raise ConfigError("--weights is missing: give it, or a model")
-    dtype = question.weight_dtype or question.model.dtype
+    dtype = question.weight_dtype or (None if question.model.packed else question.model.dtype)
     if dtype is None:
         raise ConfigError(
-            f"{question.model.name}: config.json does not say how wide the weights are, or they are packed; "
-            "give --weight-dtype or --weights"
+            f"{question.model.name}: config.json does not say how many bytes the weights take"
+            f"{' (quantization_config)' if question.model.packed else ''}; give --weights or --weight-dtype"
         )
     return question.model.weights_bytes(dtype, question.tp)
 
@@ -173,9 +173,8 @@ def _activations(question: Question) -> int | None:
     if question.activation_bytes is not None:
         return question.activation_bytes
     if question.model is not None:
-        dtype = question.model.dtype or "bf16"
         return question.model.activation_bytes(
-            question.chunk_tokens, question.max_running, dtype, question.tp
+            question.chunk_tokens, question.max_running, question.model.compute_dtype, question.tp
         )
     if question.kv_bytes is None and question.kv_fraction is None:
         raise ConfigError(

@@ -46,7 +46,13 @@ class ModelShape:
     windowed_layers: int
     """How many layers look back only so far; where that is some but not all, `window` is None."""
     dtype: str | None
-    """Of the checkpoint's weights; None where the file does not say, or holds packed ones."""
+    """Of weights and activations; None where the file does not say."""
+    packed: bool
+    """The weights are quantised in some format of their own, whatever `dtype` says."""
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.dtype or "bf16"
 
     @property
     def parameters(self) -> int:
@@ -162,6 +168,7 @@ def shape_of(raw: Mapping[str, Any], name: str, where: str) -> ModelShape:
         window=window,
         windowed_layers=windowed,
         dtype=_dtype(raw, where),
+        packed=bool(raw.get("quantization_config")),
     )
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"{where}: {shape.kv_heads} KV heads do not divide {shape.heads} heads")
@@ -196,8 +203,6 @@ def _window(raw: Mapping[str, Any], layers: int, where: str) -> tuple[int | None
 
 
 def _dtype(raw: Mapping[str, Any], where: str) -> str | None:
-    if raw.get("quantization_config"):
-        return None
     name = raw.get("torch_dtype") or raw.get("dtype")
     if name is None:
         return None
