@@ -77,8 +77,8 @@ def notes(serving: "Serving", device: "Device | None") -> list[str]:
         said.append(f"KV is {share} of the {written(serving.after_weights_bytes)} that remain after {after}")
     if _estimated(serving):
         said.append(
-            f"steps: an estimate for a chunk of {question.chunk_tokens:,} tokens and "
-            f"{question.max_running:,} sequences; measure your engine's"
+            f"steps: estimated for a chunk of {question.chunk_tokens:,} tokens and "
+            f"{question.max_running:,} sequences; measure yours"
         )
     elif question.activation_bytes is None:
         said.append("steps: nothing says what they need; they have what KV leaves")

@@ -32,10 +32,9 @@ def _changes(serving: Serving) -> Iterator[tuple[str, Question]]:
                 yield f"chunk {chunk:,}", replace(question, chunk_tokens=chunk)
     if question.model is not None and question.kv_bytes_per_token is None:
         current = question.kv_precision
-        same = (current.bits, current.scale_bytes) if current else None
         for name in _OFFERED:
             other = KV_PRECISIONS[name]
-            if current is not None and name != current.name and (other.bits, other.scale_bytes) != same:
+            if current is not None and other.bits != current.bits:
                 yield f"KV in {name}", replace(question, kv_precision=other)
     elif serving.kv_bytes_per_token > 1:
         half = serving.kv_bytes_per_token // 2

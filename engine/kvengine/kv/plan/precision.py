@@ -1,8 +1,7 @@
 """What an element of KV, or of the weights, takes.
 
-`scale_bytes` are stored beside each token's vector of a KV head, once for K and once for V. fp8 and int8
-scale by layer and head: a few kilobytes in all, nothing a token. int4 has too few levels for that: one fp16
-scale for each vector.
+A token of KV takes exactly its bits: scales belong to a layer's heads, or to their channels, and lie outside
+the pool. They are a few kilobytes in all, or some hundred for int4.
 """
 
 import difflib
@@ -13,15 +12,14 @@ from kvengine.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Of KV elements: bits each, and bytes of scale for each vector of a head."""
+    """Of KV elements."""
 
     name: str
     bits: int
-    scale_bytes: int = 0
 
     def vector_bytes(self, head_dim: int) -> int:
         """One head's K, or V, of one token. Elements are packed."""
-        return (head_dim * self.bits + 7) // 8 + self.scale_bytes
+        return (head_dim * self.bits + 7) // 8
 
 
 KV_PRECISIONS = {
@@ -32,7 +30,7 @@ KV_PRECISIONS = {
         Precision("fp16", 16),
         Precision("fp8", 8),
         Precision("int8", 8),
-        Precision("int4", 4, scale_bytes=2),
+        Precision("int4", 4),
     )
 }
 WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8}
