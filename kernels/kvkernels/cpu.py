@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvkernels.codec import Gather, fetched_scale
 from kvkernels.geometry import FLOAT_BYTES, GATHER_BYTES, TILE_ROWS, Geometry, Span
+from kvkernels.precision import FP32, Precision
 from kvkernels.scratch import Scratch, indices
 
 _PADDING_LIMIT = 1.25
-_FREE_PADDING_BLOCKS = 16
+_FREE_PADDING_TOKENS = 256
 """A group's padded size may be this many times its real size and this much more; beyond it, calling again is
 cheaper than attending to padding."""
 
@@ -26,6 +28,7 @@ def grouped(spans: Sequence[Span], geometry: Geometry) -> Iterator[Sequence[Span
     """Split single-token spans of consecutive rows into groups to be gathered together."""
     # A block may be larger than the budget; it is then gathered alone.
     budget_blocks = max(1, GATHER_BYTES // (geometry.block_floats * FLOAT_BYTES))
+    free_padding_blocks = _FREE_PADDING_TOKENS // geometry.block_size
     widths = [geometry.blocks_for(span.context) for span in spans]
     # As many groups as the budget asks for, of like size: a small rest costs a whole call.
     size = min(TILE_ROWS, -(-len(spans) // max(1, -(-sum(widths) // budget_blocks))))
@@ -36,7 +39,7 @@ def grouped(spans: Sequence[Span], geometry: Geometry) -> Iterator[Sequence[Span
             widest, total = max(widest, widths[end]), total + widths[end]
             padded = widest * (end - first + 1)
             if end > first and (
-                padded > budget_blocks or padded > _PADDING_LIMIT * total + _FREE_PADDING_BLOCKS
+                padded > budget_blocks or padded > _PADDING_LIMIT * total + free_padding_blocks
             ):
                 break
             end += 1
@@ -48,7 +51,13 @@ class DecodeGroup:
     """One group's views, made once a step and used in every layer."""
 
     def __init__(
-        self, spans: Sequence[Span], geometry: Geometry, scratch: Scratch, query: Tensor, out: Tensor
+        self,
+        spans: Sequence[Span],
+        geometry: Geometry,
+        scratch: Scratch,
+        query: Tensor,
+        out: Tensor,
+        precision: Precision = FP32,
     ) -> None:
         size, first = len(spans), spans[0].first_row
         contexts = [span.context for span in spans]
@@ -61,8 +70,8 @@ class DecodeGroup:
             table += span.blocks[:used]
             table += span.blocks[:1] * (width - used)
         device = query.device
-        self._table = indices(table, device)
-        self._gathered = scratch.gathered[: size * width * geometry.block_floats].view(size * width, -1)
+        self._gather = Gather(indices(table, device), geometry, precision, scratch)
+        self._factor = fetched_scale(precision)
         kv_heads, group, dim = geometry.kv_heads, geometry.group, geometry.head_dim
         strides = (width * geometry.block_floats, dim, geometry.token_floats, 1)
         shape = (size, kv_heads, longest, dim)
@@ -78,7 +87,13 @@ class DecodeGroup:
             mask = torch.zeros(size, longest, device=device).masked_fill_(hidden, float("-inf"))
             self._mask = mask.view(size, 1, 1, longest)
 
-    def attend(self, blocks: Tensor) -> None:
-        """`blocks` is one layer's pool, a row a block."""
-        torch.index_select(blocks, 0, self._table, out=self._gathered)
-        self._out.copy_(scaled_dot_product_attention(self._query, self._keys, self._values, self._mask))
+    def attend(self, blocks: Tensor, scales: Tensor | None = None) -> None:
+        """`blocks` is one layer's pool, a row a block; `scales` [2, kv_heads, 1, head_dim] are its codes'."""
+        self._gather.fetch(blocks)
+        if scales is None:
+            self._out.copy_(scaled_dot_product_attention(self._query, self._keys, self._values, self._mask))
+            return
+        keys, values = (scales * self._factor).unbind()
+        self._query.mul_(keys)
+        mixed = scaled_dot_product_attention(self._query, self._keys, self._values, self._mask)
+        torch.mul(mixed, values, out=self._out)

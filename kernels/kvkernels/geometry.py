@@ -1,11 +1,14 @@
 """The shapes that paged attention works on. No torch.
 
 A pool holds one layer's KV as `[blocks, block_size, 2, kv_heads, head_dim]`: K and V of a token lie
-together, so that one gather of whole rows fetches both, and one indexed copy writes both.
+together, so that one gather of whole rows fetches both, and one indexed copy writes both. In fewer bits the
+same bytes of a block hold more tokens: a geometry with a larger `block_size`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from kvkernels.precision import MAX_PACKING
 
 FLOAT_BYTES = 4
 
@@ -43,6 +46,10 @@ class Geometry:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
+    def packed(self, packing: int) -> "Geometry":
+        """The same block when it holds `packing` times as many tokens."""
+        return replace(self, block_size=self.block_size * packing)
+
 
 @dataclass(slots=True)
 class Span:
@@ -70,9 +77,14 @@ class Span:
 
 
 def scratch_floats(geometry: Geometry, max_context: int) -> int:
-    """Room for the gathered KV of the longest sequence, or of a group of short ones."""
-    longest = geometry.blocks_for(max_context) * geometry.block_floats
+    """Room for the gathered KV of the longest sequence, or of a group of short ones, at any packing."""
+    largest = geometry.packed(MAX_PACKING)
+    longest = largest.blocks_for(max_context) * largest.block_floats
     return max(longest, GATHER_BYTES // FLOAT_BYTES)
+
+
+CODE_BYTES = 3
+"""Beside each gathered float: its code, and what it is on the way to a float."""
 
 
 def mask_floats(max_context: int) -> int:

@@ -1,4 +1,4 @@
-"""What paged attention means, in plain torch: the spec that every fast path must match. Slow on purpose.
+"""What the kernels mean, in plain torch: the spec that every fast path must match. Slow on purpose.
 
 Position p of a sequence lies in block `blocks[p // block_size]`, row `p % block_size`. A new token sees
 itself and all before it. Query head h reads KV head h // (heads // kv_heads).
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.geometry import Span
+from kvkernels.precision import BF16, FP8, FP32, INT4, Precision
 
 
 def write(pool: Tensor, slots: Sequence[int], kv: Tensor) -> None:
@@ -40,3 +41,52 @@ def attend(query: Tensor, pool: Tensor, spans: Sequence[Span]) -> Tensor:
                 weights = torch.softmax(k[:seen, head // group] @ q / q.shape[0] ** 0.5, dim=0)
                 out[span.first_row + row, head] = weights @ v[:seen, head // group]
     return out
+
+
+def codes(kv: Tensor, scales: Tensor | None, precision: Precision) -> Tensor:
+    """`kv` [tokens, 2 * kv_heads, head_dim] as it is stored at `precision`, [tokens, elements of a token].
+
+    `scales` [2 * kv_heads, head_dim] are powers of two in tests that ask for equal bits.
+    """
+    if precision is FP32 or precision is BF16:
+        return kv.to(torch.float32 if precision is FP32 else torch.bfloat16).flatten(1)
+    scaled = (kv / scales).clamp(-precision.limit, precision.limit)
+    if precision is FP8:
+        return scaled.to(torch.float8_e4m3fn).view(torch.int8).flatten(1)
+    whole = torch.round(scaled).to(torch.int32)
+    if precision is INT4:
+        low, high = whole.unflatten(2, (2, -1)).unbind(2)
+        byte = (low % 16) + 16 * (high % 16)
+        whole = torch.where(byte > 127, byte - 256, byte)
+    return whole.to(torch.int8).flatten(1)
+
+
+def values(stored: Tensor, scales: Tensor | None, precision: Precision, head_dim: int) -> Tensor:
+    """Inverse of `codes`, up to what rounding lost: fp32 [tokens, 2 * kv_heads, head_dim]."""
+    if not precision.scaled:
+        return stored.float().unflatten(1, (-1, head_dim))
+    if precision is FP8:
+        code = stored.view(torch.float8_e4m3fn).float().unflatten(1, (-1, head_dim))
+    elif precision is INT4:
+        byte = stored.to(torch.int32) % 256
+        low, high = byte % 16, byte // 16
+        both = torch.stack([part.unflatten(1, (-1, head_dim // 2)) for part in (low, high)], dim=2)
+        code = torch.where(both > 7, both - 16, both).flatten(2).float()
+    else:
+        code = stored.float().unflatten(1, (-1, head_dim))
+    return code * scales
+
+
+def accumulate(mass: Tensor, query: Tensor, pool: Tensor, spans: Sequence[Span]) -> None:
+    """Add each row's softmax weights to the token slots [slots, kv_heads] that it sees."""
+    block_size, group = pool.shape[1], query.shape[1] // pool.shape[3]
+    for span in spans:
+        k, _ = gather(pool, span)
+        for row in range(span.count):
+            for head in range(query.shape[1]):
+                q = query[span.first_row + row, head]
+                seen = span.start + row + 1
+                weights = torch.softmax(k[:seen, head // group] @ q / q.shape[0] ** 0.5, dim=0)
+                for position in range(seen):
+                    slot = span.blocks[position // block_size] * block_size + position % block_size
+                    mass[slot, head // group] += weights[position]

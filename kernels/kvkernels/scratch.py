@@ -8,16 +8,17 @@ from array import array
 import torch
 from torch import Tensor
 
-from kvkernels.geometry import TILE_ROWS, Geometry, scratch_floats
+from kvkernels.geometry import CODE_BYTES, TILE_ROWS, Geometry, scratch_floats
 
 
 class Scratch:
-    """`gathered` takes KV rows of any geometry that fits; `causal(start, rows)` is a view, never a
-    computation.
+    """`gathered` takes KV rows of any geometry that fits, `codes` the same in fewer bits;
+    `causal(start, rows)` is a view, never a computation.
     """
 
     def __init__(self, floats: int, max_context: int, device: torch.device) -> None:
         self.gathered = torch.zeros(floats, device=device)
+        self.codes = torch.zeros(floats * CODE_BYTES, dtype=torch.uint8, device=device)
         self.max_context = max_context
         # Row i sees column j when j - max_context <= i. A tile whose first query sits at position p reads
         # the columns from max_context - p on: the same numbers serve every offset.

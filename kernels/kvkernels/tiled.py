@@ -9,17 +9,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvkernels.codec import Gather, fetched_scale
 from kvkernels.geometry import TILE_ROWS, Geometry, Span
+from kvkernels.precision import FP32, Precision
 from kvkernels.scratch import Scratch, indices
 
 
 class TiledSpan:
     """One span's views, made once a step and used in every layer."""
 
-    def __init__(self, span: Span, geometry: Geometry, scratch: Scratch, query: Tensor, out: Tensor) -> None:
-        used = geometry.blocks_for(span.context)
-        self._table = indices(list(span.blocks[:used]), query.device)
-        self._gathered = scratch.gathered[: used * geometry.block_floats].view(used, -1)
+    def __init__(
+        self,
+        span: Span,
+        geometry: Geometry,
+        scratch: Scratch,
+        query: Tensor,
+        out: Tensor,
+        precision: Precision = FP32,
+    ) -> None:
+        table = indices(list(span.blocks[: geometry.blocks_for(span.context)]), query.device)
+        self._gather = Gather(table, geometry, precision, scratch)
+        self._factor = fetched_scale(precision)
         kv_heads, group, dim = geometry.kv_heads, geometry.group, geometry.head_dim
         # KV heads become the batch and their query heads its heads, with stride 0 over the shared K and V.
         shape, strides = (kv_heads, group, span.context, dim), (dim, 0, geometry.token_floats, 1)
@@ -39,11 +49,18 @@ class TiledSpan:
                 )
             )
 
-    def attend(self, blocks: Tensor) -> None:
-        """`blocks` is one layer's pool, a row a block."""
-        torch.index_select(blocks, 0, self._table, out=self._gathered)
+    def attend(self, blocks: Tensor, scales: Tensor | None = None) -> None:
+        """`blocks` is one layer's pool, a row a block; `scales` [2, kv_heads, 1, head_dim] are its codes'."""
+        self._gather.fetch(blocks)
+        if scales is None:
+            for query, keys, values, mask, out in self._tiles:
+                out.copy_(scaled_dot_product_attention(query, keys, values, mask))
+            return
+        key_scales, value_scales = (scales * self._factor).unsqueeze(2).unbind()
         for query, keys, values, mask, out in self._tiles:
-            out.copy_(scaled_dot_product_attention(query, keys, values, mask))
+            query.mul_(key_scales)
+            mixed = scaled_dot_product_attention(query, keys, values, mask)
+            torch.mul(mixed, value_scales, out=out)
 
 
 def _by_kv_head(rows: Tensor, kv_heads: int) -> Tensor:

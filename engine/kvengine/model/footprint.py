@@ -7,8 +7,9 @@ what torch really allocates by a test.
 from dataclasses import dataclass
 
 from kvengine.kv.plan import StepMemory, StepSize
+from kvengine.kv.precisions import FULL, Precisions, scale_bytes
 from kvengine.model.config import INDEX_BYTES, ModelConfig
-from kvkernels.geometry import FLOAT_BYTES, Geometry, mask_floats, scratch_floats
+from kvkernels.geometry import CODE_BYTES, FLOAT_BYTES, Geometry, mask_floats, scratch_floats
 
 DRAFT_CATCH_UP_TOKENS = 512
 """The most that a draft computes in one pass, unless two tokens a sequence are more; see `spec.draft`."""
@@ -22,10 +23,13 @@ class Footprint:
     draft: ModelConfig | None
     block_size: int
     max_model_len: int
+    precisions: Precisions = FULL
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return sum(config.kv_bytes_per_token for config in self._models())
+        """At the pool's own precision; a token stored smaller takes that much less."""
+        floats = sum(config.kv_bytes_per_token for config in self._models())
+        return floats * self.precisions.own.bits // 32
 
     @property
     def weights_bytes(self) -> int:
@@ -33,12 +37,18 @@ class Footprint:
 
     @property
     def resident_bytes(self) -> int:
-        """Weights, rotation tables and attention's scratch: held from start to end."""
+        """Weights, rotation tables, attention's scratch and scales: held from start to end."""
         tables = sum(self.max_model_len * config.head_dim + 1 for config in self._models())
         gathered = max(scratch_floats(geometry, self.max_model_len) for geometry in self.geometries())
         mask = mask_floats(self.max_model_len)
+        scales = sum(scale_bytes(self.precisions, one.layers, one.kv_width) for one in self._models())
+        floats = tables + gathered + mask
         return (
-            self.weights_bytes + (tables + gathered + mask) * FLOAT_BYTES + self.max_model_len * INDEX_BYTES
+            self.weights_bytes
+            + floats * FLOAT_BYTES
+            + gathered * CODE_BYTES
+            + self.max_model_len * INDEX_BYTES
+            + scales
         )
 
     @property

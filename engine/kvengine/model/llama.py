@@ -9,7 +9,7 @@ a mixed batch equals separate ones up to the last bits that a different matrix s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,13 +29,14 @@ from kvkernels.scratch import Scratch, indices
 class Span:
     """`tokens` at positions `start` and on of the sequence whose KV lies in `blocks` (which must cover them).
 
-    `logits`: how many of its last positions' logits are wanted.
+    `logits`: how many of its last positions' logits are wanted. `packing`: see `kv.precisions`.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     logits: int = 1
+    packing: int = 1
 
 
 class Llama:
@@ -58,11 +59,19 @@ class Llama:
         work = self.workspace(len(rows.tokens), len(rows.wanted))
         columns = indices(rows.tokens + rows.positions + rows.slots, self._device)
         tokens, positions, slots = columns.view(3, -1).unbind()
-        paged = attention.PagedAttention(rows.spans, storage.geometry, scratch, work.query, work.mixed_heads)
+        parts = []
+        for packing, part in rows.parts.items():
+            storage.claim(packing, part.touched)
+            stored, mine = storage.at(packing), slice(part.first, part.end)
+            paged = attention.PagedAttention(
+                part.spans, stored.geometry, scratch, work.query, work.mixed_heads, stored.precision
+            )
+            parts.append((stored, slots[mine], work.new_kv[mine], paged))
 
         def attend(layer: int) -> None:
-            attention.write(storage.tokens[layer], slots, work.new_kv)
-            paged.attend(storage.blocks[layer])
+            for stored, slots, new_kv, paged in parts:
+                stored.write(layer, slots, new_kv, scratch)
+                paged.attend(stored.blocks[layer], stored.scales(layer))
 
         return self.run(work, tokens, positions, rows.wanted, attend)
 
@@ -117,33 +126,50 @@ def rotations(config: ModelConfig, positions: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1)
 
 
+@dataclass(slots=True)
+class _Part:
+    """The rows `first` to `end` of a batch, whose sequences have one packing."""
+
+    first: int
+    end: int = 0
+    spans: list[AttentionSpan] = field(default_factory=list)
+    touched: list[int] = field(default_factory=list)
+    """Blocks that are written."""
+
+
 class _Rows:
     """A batch flattened: host lists for tokens, positions, KV slots, and the rows whose logits are wanted.
 
-    Single tokens come first, shortest context first: that is the order in which attention groups them best.
+    Rows of one packing lie together. Among them single tokens come first, shortest context first: that is the
+    order in which attention groups them best.
     """
 
     def __init__(self, spans: Sequence[Span], geometry: Geometry) -> None:
-        block_size = geometry.block_size
-        order = sorted((len(span.tokens) > 1, span.start, number) for number, span in enumerate(spans))
+        order = sorted(
+            (span.packing, len(span.tokens) > 1, span.start, number) for number, span in enumerate(spans)
+        )
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.slots: list[int] = []
-        self.spans: list[AttentionSpan] = []
+        self.parts: dict[int, _Part] = {}
         ends = [0] * len(spans)
-        for several, start, number in order:
-            span = spans[number]
-            end = start + len(span.tokens)
-            placed = AttentionSpan(len(self.tokens), end - start, end, span.blocks)
-            self.spans.append(placed)
+        for packing, several, start, number in order:
+            span, block_size = spans[number], geometry.block_size * packing
+            end, blocks = start + len(span.tokens), span.blocks
+            placed = AttentionSpan(len(self.tokens), end - start, end, blocks)
+            part = self.parts.get(packing) or self.parts.setdefault(packing, _Part(len(self.tokens)))
+            part.spans.append(placed)
             self.tokens += span.tokens
             if several:
                 self.positions += range(start, end)
                 self.slots += placed.slots(block_size)
+                part.touched += blocks[start // block_size : -(-end // block_size)]
             else:
+                block = blocks[start // block_size]
                 self.positions.append(start)
-                self.slots.append(span.blocks[start // block_size] * block_size + start % block_size)
-            ends[number] = len(self.tokens)
+                self.slots.append(block * block_size + start % block_size)
+                part.touched.append(block)
+            ends[number] = part.end = len(self.tokens)
         self.wanted = [
             row for span, end in zip(spans, ends, strict=True) for row in range(end - span.logits, end)
         ]

@@ -84,7 +84,8 @@ def test_write_puts_tokens_where_the_reference_does() -> None:
     kv = torch.randn(5, 2, 3, 8)
     slots = Span(0, 5, 18, [2, 0]).slots(16)
     assert slots == [2 * 16 + 13, 2 * 16 + 14, 2 * 16 + 15, 0, 1]
-    attention.write(fast.view(64, -1), torch.tensor(slots), kv.view(5, -1))
+    scratch = Scratch(64, 16, torch.device("cpu"))
+    attention.write(fast.view(64, -1), torch.tensor(slots), kv.view(5, -1), 8, scratch)
     reference.write(slow, slots, kv)
     assert torch.equal(fast, slow)
     assert Span(0, 1, 18, [2, 0]).slots(16) == [1]
