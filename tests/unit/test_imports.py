@@ -124,7 +124,15 @@ def test_foundation_imports_in_an_empty_environment(tmp_path: Path) -> None:
 
 def test_pool_and_scheduler_import_without_torch() -> None:
     """The engine's bookkeeping can be tested, and simulated, without the model's libraries."""
-    names = ("kv.pool", "kv.table", "kv.plan", "sched.scheduler", "sched.batch", "core")
+    names = (
+        "kv.pool",
+        "kv.table",
+        "kv.plan.alternatives",
+        "kv.plan.devices",
+        "sched.scheduler",
+        "sched.batch",
+        "core",
+    )
     script = "import sys; sys.modules['torch'] = None\n" + "\n".join(f"import kvengine.{n}" for n in names)
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

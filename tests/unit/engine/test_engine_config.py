@@ -34,6 +34,7 @@ def test_external_memory_has_a_size_and_a_moment() -> None:
     ("settings", "words"),
     [
         ({"block_size": 0}, "block_size=0"),
+        ({"block_size": 24}, "block_size=24: a power of two"),
         ({"max_running": 0}, "max_running=0"),
         ({"speculative_tokens": -1}, "speculative_tokens=-1"),
         ({"speculative_tokens": 17}, "at most 16"),

@@ -3,7 +3,7 @@
 import pytest
 
 from kvengine.errors import ConfigError, StartError
-from kvengine.kv.plan import StepMemory, StepSize, plan
+from kvengine.kv.plan import Plan, StepMemory, StepSize, plan
 
 GB = 10**9
 MB = 10**6
@@ -73,6 +73,8 @@ def test_an_operator_can_oversubscribe() -> None:
         ({"kv_fraction": 0.001}, StartError, "no KV block"),
         ({"worst_step_bytes": 900_000}, StartError, "lower the step's tokens"),
         ({"resident_bytes": 2_000_000}, StartError, "raise the memory"),
+        ({"block_size": 24}, ConfigError, "block_size=24: a power of two, such as 16 or 32"),
+        ({"kv_bytes": 900_001}, StartError, "do not fit into the 0.9 MiB that weights leave"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line(changes: dict, error: type[Exception], says: str) -> None:
@@ -86,6 +88,30 @@ def test_what_cannot_work_is_one_clear_line(changes: dict, error: type[Exception
     with pytest.raises(error, match=says) as raised:
         plan(**{**settings, **changes})
     assert "\n" not in str(raised.value)
+
+
+def test_kv_can_be_given_outright() -> None:
+    division = plan(
+        memory_bytes=1_000_000,
+        resident_bytes=100_000,
+        kv_bytes_per_token=100,
+        block_size=16,
+        worst_step_bytes=250_000,
+        kv_bytes=500_000,
+    )
+    assert (division.blocks, division.kv_bytes) == (312, 499_200)
+    assert division.headroom_bytes == 400_800
+
+
+def test_the_plan_in_one_sentence() -> None:
+    mib = 2**20
+    division = Plan(64 * mib, 6 * mib, 16, mib // 2, 80, 16 * mib)
+    assert division.sentence == (
+        "64.0 MiB of memory = 6.0 MiB weights and buffers + 40.0 MiB KV "
+        "(80 blocks of 16 tokens = 1280 tokens) + 18.0 MiB for steps"
+    )
+    tight = Plan(64 * mib, 6 * mib, 16, mib // 2, 100, 16 * mib)
+    assert tight.sentence.endswith("; OVERSUBSCRIBED: the largest step needs 16.0 MiB")
 
 
 def test_step_bytes_are_linear_in_the_step() -> None:

@@ -13,6 +13,7 @@ from kvengine.kv.plan.precision import KV_PRECISIONS, kv_precision, weight_dtype
 from kvengine.kv.plan.published import PUBLISHED, published_named
 from kvengine.kv.plan.shape import shape_in, shape_of
 from kvengine.kv.plan.units import parse_bytes, written
+from kvkernels.precision import PRECISIONS
 
 SHIPPED = Path(__file__).parents[3] / "engine/kvengine/weights/target"
 GIB = 2**30
@@ -82,6 +83,11 @@ def test_kv_bytes_a_token_by_hand() -> None:
     }
     assert llama.kv_bytes_per_token(KV_PRECISIONS["bf16"], 8) == 2 * elements // 8
     assert llama.kv_bytes_per_token(KV_PRECISIONS["bf16"], 32) == 2 * elements // 8, "copies of a head"
+
+
+def test_kv_takes_the_bits_that_the_kernels_store() -> None:
+    planned = {name: one.bits for name, one in KV_PRECISIONS.items()}
+    assert {name: one.bits for name, one in PRECISIONS.items()}.items() <= planned.items()
 
 
 def test_weights_and_activations_as_vllm_measured_them() -> None:
