@@ -76,7 +76,7 @@ class FakeEngine:
         self.client = EngineClient(Channel(ours))
         self._loop = EngineLoop(self.core, telemetry, self.core_channel, self.clock)
         self._core_thread = threading.Thread(target=self._loop.run, daemon=True)
-        served = ServedModel(MODEL, VOCABULARY, limits, levels=2)
+        served = ServedModel(MODEL, VOCABULARY, limits, levels=2, max_choices=64)
         app = Server(self.client, Tokenizer.load(SHIPPED_TARGET), served, self.clock).app()
         self._listener = socket.create_server(("127.0.0.1", 0))
         settings = uvicorn.Config(Valve(app, environ), log_level="error", lifespan="off")

@@ -1,8 +1,8 @@
 """An executor without a model: tokens follow from the text before them, and it watches the KV like a hawk.
 
-It keeps who wrote which token to which KV slot, and refuses a batch that would read a slot that was never
-written, or that another request has overwritten since: so block tables, preemption and rollback are tested
-without weights.
+It keeps which text, of whom, the KV in each slot belongs to, and refuses a batch that would read a slot that
+was never written, or that holds anything but this tenant's own text up to there: so block tables, sharing,
+copies, preemption and rollback are tested without weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +26,15 @@ def expected_output(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def _held(tokens: Sequence[int], tenant: str | None) -> list[tuple[str | None, int]]:
+    """What the KV slot of each position holds: it depends on the whole text before it."""
+    held, text = [], 0
+    for token in tokens:
+        text = hash((text, token))
+        held.append((tenant, text))
+    return held
+
+
 @dataclass(frozen=True)
 class Reading:
     """Bytes, as the real executor's memory reading."""
@@ -45,8 +54,8 @@ class FakeExecutor:
         self._block_size = block_size
         self._accepted = accepted
         self._before = before
-        self._slots: dict[int, tuple[int, int]] = {}
-        """KV slot -> (request id, token)."""
+        self._slots: dict[int, tuple[str | None, int]] = {}
+        """KV slot -> (tenant, hash of the text up to and with the token there)."""
 
     def memory(self) -> Reading:
         return Reading()
@@ -55,6 +64,11 @@ class FakeExecutor:
         if self._before is not None:
             self._before(batch)
         self.batches += 1
+        size, before = self._block_size, dict(self._slots) if batch.copies else {}
+        for source, destination in batch.copies:
+            for i in range(size):
+                if source * size + i in before:
+                    self._slots[destination * size + i] = before[source * size + i]
         return [self._compute(item) for item in batch.slices]
 
     def _compute(self, item: Slice) -> SliceResult:
@@ -63,26 +77,32 @@ class FakeExecutor:
         assert item.start == request.computed
         assert item.start + item.count <= len(request.tokens)
         assert item.samples == (item.start + item.count == len(request.tokens))
+        held = _held(request.tokens[: item.start + item.count], request.tenant)
         for position in range(item.start):
-            assert self._slots.get(self._slot(item, position)) == (request.id, request.tokens[position])
+            assert self._slots.get(self._slot(item, position)) == held[position]
         for position in range(item.start, item.start + item.count):
-            self._slots[self._slot(item, position)] = (request.id, request.tokens[position])
+            self._slots[self._slot(item, position)] = held[position]
         if not item.samples:
             return SliceResult([])
         return self._sample(item)
 
     def _sample(self, item: Slice) -> SliceResult:
         """Accepts up to `accepted` drafts; those after them are written to KV and rejected, as in life."""
-        tokens = list(item.request.tokens)
+        request = item.request
+        tokens = list(request.tokens)
         accepted = min(item.drafts, self._accepted)
         for index in range(accepted + 1):
             tokens.append(continuation(tokens))
             if index < accepted:
                 slot = self._slot(item, item.start + 1 + index)
-                self._slots[slot] = (item.request.id, tokens[-1])
+                self._slots[slot] = _held(tokens, request.tenant)[-1]
         for index in range(accepted, item.drafts):
-            self._slots[self._slot(item, item.start + 1 + index)] = (item.request.id, -1)
-        return SliceResult(tokens[len(item.request.tokens) :], item.drafts, accepted)
+            self._slots[self._slot(item, item.start + 1 + index)] = (request.tenant, -1)
+        forked = [97 + (tokens[-1] + fork.id) % 26 for fork in request.forks]
+        scores = [-float(one.id % 7) for one in (request, *request.forks) if one.sampling.scored]
+        return SliceResult(
+            tokens[len(request.tokens) :], item.drafts, accepted, forked=forked, logprobs=scores
+        )
 
     def _slot(self, item: Slice, position: int) -> int:
         block = item.request.blocks[position // self._block_size]

@@ -17,6 +17,7 @@ from kvengine.executor.cuda_memory import CudaMemory
 from kvengine.executor.torch import EagerExecutor
 from kvengine.kv.plan import Plan, plan
 from kvengine.kv.pool import BlockPool
+from kvengine.kv.tree import PrefixTree
 from kvengine.loop import EngineLoop
 from kvengine.manifest import build_manifest
 from kvengine.memory import DeviceMemory
@@ -47,8 +48,8 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
     target = ModelConfig.load(config.model)
     draft = _draft_config(config, target)
     max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
-    footprint = Footprint(target, draft, config.block_size, max_model_len)
-    drafts = config.speculative_tokens if draft else 0
+    footprint = Footprint(target, draft, config.block_size, max_model_len, config.precisions)
+    drafts = config.speculative_tokens if config.speculates else 0
     memory_plan = plan(
         memory_bytes=config.memory_bytes,
         resident_bytes=footprint.resident_bytes,
@@ -68,9 +69,10 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
         memory_plan.blocks,
         config.block_size,
         device,
+        ngrams=config.drafter == "ngram",
+        precisions=config.precisions,
     )
-    scheduler = Scheduler(BlockPool(memory_plan.blocks), config.block_size, len(config.classes))
-    limits = Limits(max_model_len, memory_plan.kv_tokens)
+    scheduler, limits = _scheduler(config, memory_plan, max_model_len)
     lengths = LengthPredictor(limits.tokens)
     core = Core(scheduler, executor, limits, Tokenizer.load(config.model).eos_ids, lengths, clock)
     manifest = build_manifest(
@@ -85,6 +87,16 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
     external = (config.external, memory) if config.external else None
     loop = EngineLoop(core, telemetry, channel, clock, external)
     return Engine(loop, _facts(memory_plan, limits, target))
+
+
+def _scheduler(config: EngineConfig, memory_plan: Plan, max_model_len: int) -> tuple[Scheduler, Limits]:
+    pool, pinned = BlockPool(memory_plan.blocks), int(memory_plan.blocks * config.pinned_share)
+    tree = None
+    if config.prefix_cache:
+        tree = PrefixTree(pool, config.block_size, config.name, max_pinned_blocks=pinned)
+    # What may be pinned is no request's: one that needs it would wait for ever.
+    limits = Limits(max_model_len, memory_plan.kv_tokens - pinned * config.block_size)
+    return Scheduler(pool, config.block_size, len(config.classes), tree, config.precisions), limits
 
 
 def _device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 
+from kvengine import warm as warming
 from kvengine.config import (
     SHIPPED_DRAFT,
     SHIPPED_NAME,
@@ -38,6 +39,10 @@ from kvpilot.inside.valve import Valve
 
 DRAIN_S = 10
 """A stopping server lets requests in flight finish for this long."""
+
+NGRAM = "ngram"
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -72,8 +77,19 @@ def serve(
     watermark: Annotated[
         float, typer.Option(help="Share of KV in use up to which requests are admitted.")
     ] = 1.0,
+    kv_dtype: Annotated[str, typer.Option(help="Of the KV pool: fp32, bf16, fp8, int8 or int4.")] = "fp32",
+    kv_eight_bits: Annotated[
+        str, typer.Option(help="What a lease of 8 bits stores KV in: int8 or fp8.")
+    ] = "int8",
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and output.")] = None,
     callers: Annotated[Path | None, typer.Option(help="Callers file: classes and keys.")] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Keep the KV of prompts for those that begin alike.")
+    ] = True,
+    pinned_share: Annotated[float, typer.Option(help="Share of KV that pinned prompts may keep.")] = 0.0,
+    warm: Annotated[
+        Path | None, typer.Option(help="Prompts to cache at the start, and again on SIGHUP; JSON lines.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads of the model.")] = 1,
     name: Annotated[str | None, typer.Option(help="Model name that clients use.")] = None,
@@ -86,7 +102,10 @@ def serve(
             os.environ["KVPILOT_CALLERS"] = str(callers)
         config = EngineConfig(
             model=model or SHIPPED_TARGET,
-            draft=_draft(model, draft),
+            draft=None if draft == NGRAM else _draft(model, draft),
+            drafter="ngram" if draft == NGRAM else "model",
+            prefix_cache=prefix_cache,
+            pinned_share=pinned_share,
             name=name or (model.resolve().name if model else SHIPPED_NAME),
             memory_bytes=parse_bytes(memory),
             kv_fraction=kv_fraction,
@@ -97,12 +116,16 @@ def serve(
             max_running=max_running,
             speculative_tokens=speculative_tokens,
             admission_watermark=watermark,
+            kv_dtype=kv_dtype,
+            kv_eight_bits=kv_eight_bits,  # type: ignore[arg-type]
             max_model_len=max_model_len,
             threads=threads,
             device=device,  # type: ignore[arg-type]
             classes=Callers.load(os.environ.get("KVPILOT_CALLERS")).classes,
         )
-        _serve(config, host, port)
+        if warm is not None:
+            warming.load(warm)
+        _serve(config, host, port, warm)
     except (ConfigError, CallersError) as error:
         _give_up(error, 2)
     except EngineError as error:
@@ -116,7 +139,7 @@ def _draft(model: Path | None, draft: str | None) -> Path | None:
     return None if draft == "none" else Path(draft)
 
 
-def _serve(config: EngineConfig, host: str, port: int) -> None:
+def _serve(config: EngineConfig, host: str, port: int, warm: Path | None = None) -> None:
     ModelConfig.load(config.model)
     tokenizer = Tokenizer.load(config.model)
     listener = _bind(host, port)
@@ -124,19 +147,57 @@ def _serve(config: EngineConfig, host: str, port: int) -> None:
     engine = EngineClient(core.channel)
     try:
         model = ServedModel(
-            config.name, core.facts["vocabulary"], Limits(**core.facts["limits"]), len(config.classes)
+            config.name,
+            core.facts["vocabulary"],
+            Limits(**core.facts["limits"]),
+            len(config.classes),
+            config.max_running,
         )
         server = Server(engine, tokenizer, model, SystemClock())
+        warmer = None if warm is None else Warmer(warm, engine, tokenizer, model.limits.tokens)
         _listen(listener, host, port)
         print(_ready_line(config, core.facts, *listener.getsockname()[:2]), flush=True)
-        asyncio.run(_run(server, engine, listener))
+        asyncio.run(_run(server, engine, listener, warmer))
     finally:
         engine.close()
         core.stop()
 
 
-async def _run(server: Server, engine: EngineClient, listener: socket.socket) -> None:
+class Warmer:
+    """Goes through the file of warm prompts, at the start and whenever asked."""
+
+    def __init__(self, path: Path, engine: EngineClient, tokenizer: Tokenizer, limit: int) -> None:
+        self._path = path
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._limit = limit
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Now, and at every SIGHUP that finds it idle."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._again)
+        self._again()
+
+    def _again(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.ensure_future(self._warm())
+
+    async def _warm(self) -> None:
+        try:
+            prompts = warming.load(self._path)
+        except ConfigError as error:
+            log.error("%s", error)
+            return
+        done = await warming.warm(self._engine, self._tokenizer, prompts, self._limit, SystemClock())
+        print(f"kvengine: {done} of {len(prompts)} warm prompts are cached", file=sys.stderr, flush=True)
+
+
+async def _run(
+    server: Server, engine: EngineClient, listener: socket.socket, warmer: Warmer | None = None
+) -> None:
     engine.attach()
+    if warmer is not None:
+        warmer.start()
     valve = Valve(server.app())
     settings = uvicorn.Config(
         valve,

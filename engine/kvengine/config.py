@@ -11,6 +11,8 @@ from typing import Any, Literal
 from kvengine.errors import ConfigError
 from kvengine.kv.plan.division import check_block_size
 from kvengine.kv.plan.units import parse_bytes
+from kvengine.kv.precisions import Precisions
+from kvkernels.precision import PRECISIONS
 
 SHIPPED_TARGET = Path(__file__).parent / "weights" / "target"
 SHIPPED_DRAFT = Path(__file__).parent / "weights" / "draft"
@@ -44,8 +46,17 @@ class EngineConfig:
     max_model_len: int | None = None
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    kv_dtype: str = "fp32"
+    """Of the KV pool; sequences may be stored in fewer bits than that, never in more."""
+    kv_eight_bits: Literal["int8", "fp8"] = "int8"
+    """What eight bits mean, when a lease asks for them."""
     classes: tuple[str, ...] = ("default",)
     """Class names by level, lowest first."""
+    drafter: Literal["model", "ngram"] = "model"
+    """Who drafts: the draft model, if there is one, or what followed the same few tokens before."""
+    prefix_cache: bool = True
+    pinned_share: float = 0.0
+    """Most of the KV pool that pinned prompts may keep; requests cannot be larger than the rest."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "block_size", "step_token_budget", "max_running", "threads"):
@@ -62,14 +73,36 @@ class EngineConfig:
             )
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device={self.device}: choose cpu or cuda")
+        if self.kv_dtype not in PRECISIONS:
+            raise ConfigError(f"kv_dtype={self.kv_dtype}: choose one of {', '.join(PRECISIONS)}")
+        if self.kv_eight_bits not in ("int8", "fp8"):
+            raise ConfigError(f"kv_eight_bits={self.kv_eight_bits}: choose int8 or fp8")
         if self.speculative_tokens > 16:
             raise ConfigError(f"speculative_tokens={self.speculative_tokens}: at most 16")
         if self.kv_fraction is not None and not 0 < self.kv_fraction <= 1:
             raise ConfigError(
                 f"kv_fraction={self.kv_fraction}: a share of what the weights leave, above 0 and at most 1"
             )
+        if self.drafter not in ("model", "ngram"):
+            raise ConfigError(f"drafter={self.drafter}: choose model or ngram")
+        if self.drafter == "ngram" and self.draft is not None:
+            raise ConfigError("drafter=ngram: n-grams draft instead of a model; give one of them")
+        if not 0 <= self.pinned_share <= 0.9:
+            raise ConfigError(f"pinned_share={self.pinned_share}: a share of KV, 0 to 0.9")
+        if self.pinned_share and not self.prefix_cache:
+            raise ConfigError(f"pinned_share={self.pinned_share}: there is no prefix cache to pin in")
         if not 0.05 <= self.admission_watermark <= 1:
             raise ConfigError(f"admission_watermark={self.admission_watermark}: a share of KV, 0.05 to 1")
+
+    @property
+    def speculates(self) -> bool:
+        """Whether there is anybody to draft."""
+        return self.speculative_tokens > 0 and (self.draft is not None or self.drafter == "ngram")
+
+    @property
+    def precisions(self) -> Precisions:
+        """What KV may be stored in."""
+        return Precisions(PRECISIONS[self.kv_dtype], PRECISIONS[self.kv_eight_bits])
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

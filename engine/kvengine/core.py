@@ -4,6 +4,9 @@ A request's life: accepted (or refused at the door) → waiting → running: its
 more a step → ended, in exactly one of the ways that `Totals` counts. Preemption sends it back to waiting and
 loses no token.
 
+A request may bring forks: continuations of the same prompt. Each counts as a request of its own; it begins
+when its prompt has been computed once, and shares those blocks.
+
 Nothing here knows processes, sockets or torch: an executor computes, a clock tells the time, and the caller
 sends what `Step` holds wherever it should go. O(slices of the step).
 """
@@ -80,7 +83,7 @@ class Core:
         self.scheduler = scheduler
         self.totals = Totals()
         self.requests: dict[int, Request] = {}
-        """Waiting or running, by id."""
+        """Waiting, running, or a fork of one whose prompt is still to be computed; by id."""
         self._executor = executor
         self._limits = limits
         self._eos = eos
@@ -90,11 +93,13 @@ class Core:
     def accept(self, request: Request) -> str | None:
         """Queue a request, or say in one line why it can never be served."""
         reason = refusal(len(request.prompt), request.sampling.max_tokens, self._limits)
+        family = [request, *request.forks]
         if reason is not None:
-            self.count_rejected()
+            for _ in family:
+                self.count_rejected()
             return reason
-        self.totals.arrivals += 1
-        self.requests[request.id] = request
+        self.totals.arrivals += len(family)
+        self.requests.update((one.id, one) for one in family)
         self.scheduler.add(request)
         return None
 
@@ -146,9 +151,23 @@ class Core:
             self.totals.recomputed_tokens += again
         request.computed += item.count + result.accepted
         if not item.samples:
+            self.scheduler.tables.register(request)
             return
         tokens, finish = self._cut(request, result.tokens)
         request.tokens += tokens
+        self.scheduler.tables.register(request)
+        if result.logprobs:
+            for one, logprob in zip((request, *request.forks), result.logprobs, strict=True):
+                one.logprob += logprob
+        for fork, token in zip(request.forks, result.forked, strict=True):
+            self.scheduler.fork(request, fork)
+            fork.parent = None
+            fork.tokens.append(token)
+            self._emit(step, fork, *self._cut(fork, [token]))
+        request.forks = []
+        self._emit(step, request, tokens, finish)
+
+    def _emit(self, step: Step, request: Request, tokens: list[int], finish: str | None) -> None:
         self.totals.decode_tokens += len(tokens)
         first = request.last_emitted_ns == 0
         since_ns = step.ended_ns - (request.arrived_ns if first else request.last_emitted_ns)
@@ -167,9 +186,14 @@ class Core:
     def _fail(self, step: Step, status: int, message: str) -> None:
         step.ended_ns = self._clock.monotonic_ns()
         for item in step.batch.slices:
-            self.totals.failed += 1
-            self._forget(item.request)
-            step.failures.append(Failure(item.request, status, message))
+            # Its draft KV may have been half written; nobody else may rely on it.
+            item.request.draft_computed = 0
+            family, item.request.forks = [item.request, *item.request.forks], []
+            for request in family:
+                self.totals.failed += 1
+                step.failures.append(Failure(request, status, message))
+                del self.requests[request.id]
+            self.scheduler.remove(item.request)
 
     def _finish(self, request: Request) -> None:
         self.totals.finished += 1
@@ -178,4 +202,13 @@ class Core:
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.id]
+        if request.parent is not None:
+            request.parent.forks.remove(request)
+            return
         self.scheduler.remove(request)
+        if request.forks:
+            # It ended before its prompt was computed: the first of its forks takes its place.
+            heir, *rest = request.forks
+            heir.parent = None
+            heir.add_forks(rest)
+            self.scheduler.add(heir)

@@ -25,6 +25,8 @@ class Tokens:
     finish: str | None
     first_scheduled_ns: int
     preemptions: int
+    logprob: float = 0.0
+    """Of all tokens so far, where the request is scored."""
 
 
 class GenerationError(Exception):
@@ -97,18 +99,30 @@ class EngineClient:
         self._channel.close()
 
     def submit(
-        self, prompt: list[int], sampling: Mapping[str, Any], level: int, tenant: str | None, received_ns: int
-    ) -> Generation:
-        """Send a request to the core; `sampling`: the fields of SamplingParams. Raises GenerationError."""
+        self,
+        prompt: list[int],
+        sampling: Mapping[str, Any],
+        level: int,
+        tenant: str | None,
+        received_ns: int,
+        *,
+        choices: int = 1,
+        pin: bool = False,
+    ) -> list[Generation]:
+        """Send a request to the core, for one generation or more; `sampling`: the fields of SamplingParams.
+
+        `pin`: keep the prompt in the prefix cache for good. Raises GenerationError.
+        """
         if not self.alive:
             raise GenerationError(503, CORE_GONE)
-        self._last_id += 1
-        generation = Generation(self, self._last_id, received_ns)
-        self._open[generation.id] = generation
-        self._send(["add", generation.id, prompt, sampling, level, tenant, received_ns])
+        first = self._last_id + 1
+        self._last_id += choices
+        generations = [Generation(self, first + number, received_ns) for number in range(choices)]
+        self._open.update((generation.id, generation) for generation in generations)
+        self._send(["add", first, prompt, sampling, level, tenant, received_ns, choices, pin])
         if not self.alive:
             raise GenerationError(503, CORE_GONE)
-        return generation
+        return generations
 
     def count_rejected(self) -> None:
         """Tell the core that a request was refused here, for its totals."""

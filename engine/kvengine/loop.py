@@ -3,11 +3,11 @@
 One iteration is a *step boundary*: leases are read and expire here, arrivals and cancellations take effect
 here, and nowhere else. Nothing in it blocks on the API process, and it ends when that process does.
 
-Messages from the API process: `["add", id, prompt, sampling, level, tenant, received_ns]`, `["cancel", id]`
-(the client went away), `["stop", id]` (its text reached a stop string), `["reject", 0]` (one was
-refused before it came here).
-To it: `["out", emitted_ns, [[id, tokens, finish or null, first_scheduled_ns, preemptions], ...]]` and
-`["fail", id, status, message]`.
+Messages from the API process: `["add", id, prompt, sampling, level, tenant, received_ns, choices, pin]` (of
+several choices the others have the ids, and seeds, that follow), `["cancel", id]` (the client went away),
+`["stop", id]` (its text reached a stop string), `["reject", 0]` (one was refused before it came here).
+To it: `["out", emitted_ns, [[id, tokens, finish or null, first_scheduled_ns, preemptions, logprob], ...]]`
+and `["fail", id, status, message]`.
 """
 
 import logging
@@ -89,15 +89,47 @@ class EngineLoop:
         elif kind == "reject":
             self._core.count_rejected()
         else:
-            prompt, sampling, level, tenant, received_ns = rest
-            request = Request(request_id, prompt, SamplingParams(**sampling), level, tenant, received_ns)
-            reason = self._core.accept(request)
-            if reason is not None:
-                self._channel.send(["fail", request_id, 400, reason])
+            self._accept(request_id, *rest)
+
+    def _accept(
+        self,
+        request_id: int,
+        prompt: list[int],
+        sampling: dict[str, Any],
+        level: int,
+        tenant: str | None,
+        received_ns: int,
+        choices: int = 1,
+        pin: bool = False,
+    ) -> None:
+        first, *others = [
+            Request(
+                request_id + number,
+                prompt,
+                SamplingParams(**{**sampling, "seed": sampling.get("seed", 0) + number}),
+                level,
+                tenant,
+                received_ns,
+                pin=pin,
+            )
+            for number in range(choices)
+        ]
+        first.add_forks(others)
+        reason = self._core.accept(first)
+        if reason is not None:
+            for request in (first, *others):
+                self._channel.send(["fail", request.id, 400, reason])
 
     def _report(self, step: Step) -> None:
         rows = [
-            (e.request.id, e.tokens, e.finish, e.request.first_scheduled_ns, e.request.preemptions)
+            (
+                e.request.id,
+                e.tokens,
+                e.finish,
+                e.request.first_scheduled_ns,
+                e.request.preemptions,
+                e.request.logprob,
+            )
             for e in step.emissions
         ]
         if rows:

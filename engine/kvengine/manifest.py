@@ -15,7 +15,12 @@ from kvpilot.link.manifest import Manifest, ManifestKnob
 
 AT_STEP = "at the next step boundary"
 
-PREFIX_FIELDS = ("prefix_tokens_queried_total", "prefix_tokens_hit_total")
+PREFIX_FIELDS = (
+    "prefix_tokens_queried_total",
+    "prefix_tokens_hit_total",
+    "prefix_mismatches_total",
+    "kv_blocks_pinned",
+)
 PREFIX_SIGNALS = (*PREFIX_FIELDS, "prefix_hit_ratio")
 
 
@@ -29,6 +34,9 @@ def build_manifest(
     device: str,
 ) -> Manifest:
     """The manifest of an engine that runs `config` in the memory of `plan`."""
+    widest, *narrower = config.precisions.offered
+    narrowest = narrower[-1] if narrower else widest
+    stored = [f"{one.bits} ({one.name})" for one in config.precisions.offered]
     knobs = (
         _knob("step_token_budget", 1, config.step_token_budget, config.step_token_budget, AT_STEP),
         _knob(
@@ -41,9 +49,23 @@ def build_manifest(
         _knob("speculative_tokens", 0, config.speculative_tokens, config.speculative_tokens, AT_STEP),
         _knob("max_running", 1, config.max_running, config.max_running, f"{AT_STEP}; lowering it drains"),
         _knob("admission_watermark", 0.05, 1.0, config.admission_watermark, AT_STEP, granularity=0.01),
+        _knob(
+            "kv_element_bits",
+            narrowest.bits,
+            widest.bits,
+            widest.bits,
+            "to sequences admitted from the next step on; " + ", ".join(stored) + ", rounded down",
+            granularity=4,
+        ),
         _knob("shed_fraction", 0.0, 1.0, 0.0, "by the valve, at the next request", granularity=0.01),
     )
-    speculates = config.draft is not None and config.speculative_tokens > 0
+    lacking = {}
+    if not config.speculates:
+        lacking["speculative_tokens"] = "no draft model is loaded"
+    if not narrower:
+        lacking["kv_element_bits"] = f"the KV pool is {widest.name} already, the narrowest there is"
+    fields = tuple(fields)
+    cached = PREFIX_FIELDS[0] in fields
     return Manifest(
         engine="kvengine",
         engine_version=_version(),
@@ -53,14 +75,14 @@ def build_manifest(
         bytes_per_block=plan.block_bytes,
         max_model_len=max_model_len,
         device=device,
-        knobs=tuple(knob for knob in knobs if speculates or knob.name != "speculative_tokens"),
+        knobs=tuple(knob for knob in knobs if knob.name not in lacking),
         fields=tuple(STEP_FIELDS[name] for name in fields),
         classes=config.classes,
         queue_order="class",
         activation_bytes_per_token=activation_bytes_per_token,
         device_memory_bytes=plan.memory_bytes,
-        unsupported_knobs={} if speculates else {"speculative_tokens": "no draft model is loaded"},
-        unsupported_signals=dict.fromkeys(PREFIX_SIGNALS, "this engine has no prefix cache"),
+        unsupported_knobs=lacking,
+        unsupported_signals={} if cached else dict.fromkeys(PREFIX_SIGNALS, "its prefix cache is off"),
     )
 
 

@@ -5,17 +5,18 @@ refused when they ask for something, so that nobody gets other output than was a
 """
 
 import json
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 MAX_STOPS = 4
+MAX_CHOICES = 128
+"""OpenAI's own limit; an engine's is what it runs at once, if that is less."""
 COMPLETION_MAX_TOKENS = 16
 """What a completion without max_tokens gets; OpenAI's default."""
 
 _REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
+    "use_beam_search": (None, False),
     "echo": (None, False),
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
@@ -53,6 +54,7 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -87,6 +89,22 @@ class Body(BaseModel):
             raise ValueError("stream_options needs stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _times_are_of_one(self) -> "Body":
+        if self.kvpilot_times and self.candidates > 1:
+            raise ValueError("kvpilot_times tells the times of one choice: leave out n and best_of")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """How many answers the client gets."""
+        return self.n or 1
+
+    @property
+    def candidates(self) -> int:
+        """How many are generated; the best of them are the choices."""
+        return self.choices
+
     @property
     def stops(self) -> list[str]:
         """Stop strings that can stop anything."""
@@ -108,6 +126,21 @@ B = TypeVar("B", bound=Body)
 
 class CompletionBody(Body):
     prompt: str | list[int]
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _best_of_what_is_whole(self) -> "CompletionBody":
+        if self.best_of is None:
+            return self
+        if self.best_of < self.choices:
+            raise ValueError(f"best_of={self.best_of} is less than n={self.choices}")
+        if self.stream and self.best_of > self.choices:
+            raise ValueError("best_of cannot be streamed: which is best is known at the end")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of or self.choices
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -147,6 +180,7 @@ class ChatMessage(BaseModel):
 
 class ChatBody(Body):
     messages: list[ChatMessage] = Field(min_length=1)
+    best_of: Literal[1] | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     @property
@@ -173,6 +207,7 @@ def sampling(body: Body, max_tokens: int, seed: int) -> dict[str, Any]:
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "seed": seed if body.seed is None else body.seed,
         "ignore_eos": body.ignore_eos,
+        "scored": body.candidates > body.choices,
     }
 
 

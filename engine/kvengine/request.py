@@ -1,7 +1,8 @@
 """A generation request as the engine core sees it: plain state, no behaviour that needs a model.
 
-The scheduler owns `blocks` and `computed`, the core owns `tokens` and the times, the executor touches
-`draft_computed` only. `tokens` only ever grows: preemption throws away computed positions, never a token.
+The scheduler's block tables own `blocks`, `computed` and what follows from the prefix tree, the core owns
+`tokens` and the times, the executor touches `draft_computed` only. `tokens` only ever grows: preemption throws
+away computed positions, never a token.
 
 Invariants between steps: `computed <= len(tokens) - 1` once anything was emitted, `blocks` covers `computed`
 positions, and `draft_computed <= computed`.
@@ -9,6 +10,7 @@ positions, and `draft_computed <= computed`.
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,8 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     ignore_eos: bool = False
+    scored: bool = False
+    """Whether to sum up the log-probability of what was chosen; such a request is not drafted for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,16 +39,34 @@ class Request:
     tenant: str | None = None
     arrived_ns: int = 0
     """When the API process received it (monotonic clock of this machine)."""
+    adapter: str = ""
+    """What beside the model computes it; a part of its prefix namespace."""
+    pin: bool = False
+    """Whether its blocks stay in the prefix cache for good once it ends."""
 
     tokens: list[int] = field(init=False)
     """Prompt, then everything emitted."""
     rng: random.Random = field(init=False)
+    forks: list["Request"] = field(default_factory=list)
+    """Continuations of the same prompt that begin, on the same blocks, once it is computed; then empty."""
+    parent: "Request | None" = None
+    """Of a fork, until it begins."""
     blocks: list[int] = field(default_factory=list)
-    """Block table: block `i` holds positions `i * block_size` and on."""
+    """Block table: block `i` holds positions `i * block_size * packing` and on."""
+    packing: int = 1
+    """How many of its tokens lie where one of the pool's own precision would; given when it is admitted."""
     computed: int = 0
     """Positions whose KV is valid in the target's pool."""
     draft_computed: int = 0
     """The same in the draft model's pool."""
+    registered: int = 0
+    """Leading blocks that are, or were, in the prefix tree."""
+    draft_registered: int = 0
+    """Leading blocks that the tree knows to be valid in the draft model's pool too."""
+    anchor: Any = None
+    """Parent of the next block in the prefix tree; None if there is none to register under."""
+    tail_shared: bool = False
+    """Whether the block that it writes next may have other holders: then it is copied first."""
     recompute_until: int = 0
     """Positions below this were computed once already, before a preemption."""
     admission: int = 0
@@ -56,10 +78,18 @@ class Request:
     """0 until first admitted."""
     last_emitted_ns: int = 0
     """0 until the first token."""
+    logprob: float = 0.0
+    """Of all that was emitted, if its sampling asks for a score."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.rng = random.Random(self.sampling.seed)
+
+    def add_forks(self, forks: list["Request"]) -> None:
+        """Before it is accepted: others that continue the same prompt."""
+        self.forks = forks
+        for fork in forks:
+            fork.parent = self
 
     @property
     def output_count(self) -> int:

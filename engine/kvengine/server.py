@@ -22,9 +22,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from kvengine.answer import Answer, ChatAnswer, TextAnswer
-from kvengine.frontend import CORE_GONE, EngineClient, Generation, GenerationError
+from kvengine.frontend import CORE_GONE, EngineClient, GenerationError
 from kvengine.model.tokenizer import TextTooLong, Tokenizer, TokenizerError
-from kvengine.protocol import BadRequest, Body, ChatBody, CompletionBody, error_body, parse, sampling
+from kvengine.protocol import (
+    MAX_CHOICES,
+    BadRequest,
+    Body,
+    ChatBody,
+    CompletionBody,
+    error_body,
+    parse,
+    sampling,
+)
 from kvengine.sched.admission import Limits, refusal
 from kvpilot.clock import NS, Clock
 
@@ -43,6 +52,8 @@ class ServedModel:
     vocabulary: int
     limits: Limits
     levels: int = 1
+    max_choices: int = MAX_CHOICES
+    """Most generations of one request: those that run at once."""
 
 
 class ClientGone(Exception):
@@ -114,12 +125,22 @@ class Server:
         # A tokenizer may know tokens that its model lacks; one of them would fail the step of everybody.
         if prompt and not 0 <= min(prompt) <= max(prompt) < self._model.vocabulary:
             raise BadRequest(f"prompt: token ids go from 0 to {self._model.vocabulary - 1}", param="prompt")
+        if body.candidates > self._model.max_choices:
+            name = "n" if body.candidates == body.n else "best_of"
+            raise BadRequest(
+                f"{name}={body.candidates}: this engine runs {self._model.max_choices} at once.", param=name
+            )
         level, tenant = self._tag(request)
-        generation = self._engine.submit(
-            prompt, sampling(body, asked, secrets.randbits(48)), level, tenant, received_ns
+        generations = self._engine.submit(
+            prompt,
+            sampling(body, asked, secrets.randbits(48)),
+            level,
+            tenant,
+            received_ns,
+            choices=body.candidates,
         )
         answer = kind(
-            self._tokenizer, body, self._model.name, self._clock.wall_ns() // NS, len(prompt), generation
+            self._tokenizer, body, self._model.name, self._clock.wall_ns() // NS, len(prompt), generations
         )
         try:
             if not body.stream:
@@ -127,10 +148,10 @@ class Server:
                 return JSONResponse(answer.whole())
             first = await _unless_gone(request, answer.advance())
         except BaseException:
-            generation.cancel()
+            answer.cancel()
             raise
         return EventSourceResponse(
-            _events(answer, generation, first),
+            _events(answer, first),
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
@@ -175,9 +196,7 @@ class Server:
         }
 
 
-async def _events(
-    answer: Answer, generation: Generation, first: list[dict[str, Any]]
-) -> AsyncIterator[bytes]:
+async def _events(answer: Answer, first: list[dict[str, Any]]) -> AsyncIterator[bytes]:
     """Server-sent events: chunks, then `[DONE]`; or an error event, and the end."""
     try:
         chunks = answer.opening() + first
@@ -191,7 +210,7 @@ async def _events(
     except GenerationError as error:
         yield _event(error_body(error.status, str(error)))
     finally:
-        generation.cancel()
+        answer.cancel()
 
 
 def _event(data: dict[str, Any]) -> bytes:

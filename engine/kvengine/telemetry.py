@@ -7,10 +7,14 @@ nothing.
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from typing import Protocol
 
 from kvengine.core import Core, Step
-from kvengine.sched.scheduler import Knobs
+from kvengine.kv.table import BlockTables
+from kvengine.request import Request
+from kvengine.sched.scheduler import Knobs, Scheduler
 from kvpilot.inside.hook import StepHook
 from kvpilot.inside.lengths import LengthPredictor
 from kvpilot.link.fields import HORIZONS, QUANTILES
@@ -65,6 +69,7 @@ class Telemetry:
             int(values.get("speculative_tokens", 0)),
             int(values["max_running"]),
             values["admission_watermark"],
+            values.get("kv_element_bits"),
         )
 
     def record(self, step: Step, knobs: Knobs) -> None:
@@ -142,10 +147,11 @@ class Telemetry:
         scheduler = self._core.scheduler
         running = Counter(request.tenant for request in scheduler.running if request.tenant)
         waiting = Counter(request.tenant for request in scheduler.waiting if request.tenant)
-        blocks: Counter[str] = Counter()
+        held: dict[str, set[int]] = {}
         for request in scheduler.running:
             if request.tenant:
-                blocks[request.tenant] += len(request.blocks)
+                held.setdefault(request.tenant, set()).update(request.blocks)
+        blocks = Counter({tenant: len(of_tenant) for tenant, of_tenant in held.items()})
         for tenant in self._tenants.keys() | running.keys() | waiting.keys() | self._tenant_tokens.keys():
             before = self._tenants.get(tenant)
             # Between two scans it is taken to have held the mean of what they saw.
@@ -181,11 +187,30 @@ class _Scan:
 
     def __init__(self, core: Core, lengths: LengthPredictor) -> None:
         self.step = core.totals.steps
-        running = core.scheduler.running
-        held = [(len(request.tokens), request.output_count, request.tenant or "") for request in running]
-        demands = lengths.demand(held, core.scheduler.block_size, HORIZONS)
-        values = [value for demand in demands for value in demand]
+        scheduler = core.scheduler
+        by_packing: dict[int, list[Request]] = {}
+        for request in scheduler.running:
+            by_packing.setdefault(request.packing, []).append(request)
+        # Sums over packings: of means exact, of quantiles on the safe side.
+        values = [0.0] * len(_DEMAND_FIELDS)
+        for packing, running in (by_packing or {1: []}).items():
+            held = [(len(request.tokens), request.output_count, request.tenant or "") for request in running]
+            demands = lengths.demand(held, scheduler.block_size * packing, HORIZONS)
+            values = [a + b for a, b in zip(values, chain(*demands), strict=True)]
         self.fields = dict(zip(_DEMAND_FIELDS, values, strict=True))
+        self.fields |= _blocks_by_precision(by_packing, scheduler)
+
+
+def _blocks_by_precision(by_packing: dict[int, list[Request]], scheduler: Scheduler) -> dict[str, float]:
+    """Blocks in use whose tokens are stored in so many bits; together all that are in use."""
+    own = scheduler.precisions.own.bits
+    counts = {f"kv_{one.bits}bit_blocks": 0 for one in scheduler.precisions.offered}
+    for packing, running in by_packing.items():
+        if packing > 1:
+            blocks = {block for request in running for block in request.blocks}
+            counts[f"kv_{own // packing}bit_blocks"] = len(blocks)
+    counts[f"kv_{own}bit_blocks"] = scheduler.pool.referenced - sum(counts.values())
+    return dict(counts)
 
 
 def _reading(
@@ -194,7 +219,6 @@ def _reading(
     """The step record. Adding a key adds a field; each is in the catalogue of `kvpilot.link.fields`."""
     totals, scheduler, device = core.totals, core.scheduler, memory.memory()
     pool, waiting, running = scheduler.pool, scheduler.waiting, scheduler.running
-    held = pool.referenced * scheduler.block_size
     return {
         "time_ns": now_ns,
         "duration_ns": duration_ns,
@@ -216,7 +240,7 @@ def _reading(
         "kv_blocks_free": pool.free,
         "kv_blocks_cached": pool.cached,
         "kv_blocks_shared": pool.shared,
-        "tail_waste_tokens": held - sum([request.computed for request in running]),
+        "tail_waste_tokens": _tail_waste_tokens(running, scheduler.block_size),
         "preemptions_total": scheduler.preemptions_total,
         "recomputed_tokens_total": totals.recomputed_tokens,
         "finished_total": totals.finished,
@@ -229,4 +253,29 @@ def _reading(
         "device_allocated_bytes": device.allocated,
         "demand_step": scan.step,
         **scan.fields,
+        **_prefix_reading(scheduler.tables),
+    }
+
+
+def _tail_waste_tokens(running: Sequence[Request], block_size: int) -> int:
+    """Slots without a token. Blocks that are full are waste to nobody; forks' common tail counts once."""
+    waste, shared = 0, {}
+    for request in running:
+        empty = len(request.blocks) * block_size * request.packing - request.computed
+        if request.tail_shared:
+            shared[request.blocks[-1]] = empty
+        else:
+            waste += empty
+    return waste + sum(shared.values())
+
+
+def _prefix_reading(tables: BlockTables) -> dict[str, float]:
+    tree = tables.tree
+    if tree is None:
+        return {}
+    return {
+        "kv_blocks_pinned": len(tree.pinned),
+        "prefix_tokens_queried_total": tables.queried_tokens_total,
+        "prefix_tokens_hit_total": tables.hit_tokens_total,
+        "prefix_mismatches_total": tree.mismatches,
     }

@@ -72,6 +72,66 @@ def test_a_completion_holds_exactly_what_was_generated(shared: FakeEngine) -> No
     assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 30, "total_tokens": 34}
 
 
+def choices_of(prompt: str, tokens: int, first_id: int, count: int) -> list[str]:
+    """What the fake says for each of a family: a first token that its id decides, then what follows."""
+    texts = [text_after(prompt, tokens)]
+    for number in range(first_id + 1, first_id + count):
+        begun = [*prompt.encode(), 97 + (ord(text_after(prompt, 1)) + number) % 26]
+        texts.append(bytes([begun[-1], *expected_output(begun, tokens - 1)]).decode())
+    return texts
+
+
+def test_cow_choices_share_a_prompt_that_is_computed_once(engine: FakeEngine) -> None:
+    """n: as many choices, in order; the prompt counts once in usage, and went through the model once."""
+    answer = post(engine, prompt="once upon", max_tokens=9, n=3).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert [choice["text"] for choice in answer["choices"]] == choices_of("once upon", 9, 1, 3)
+    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 27, "total_tokens": 36}
+    assert engine.core.totals.prefill_tokens == 9
+    eventually(engine.all_blocks_free)
+
+
+def test_a_stream_of_several_choices_adds_up_to_each(engine: FakeEngine) -> None:
+    body = {"prompt": "once", "max_tokens": 7, "n": 2, "stream": True}
+    *chunks, usage, done = events(post(engine, **body, stream_options={"include_usage": True}))
+    assert done == "[DONE]"
+    assert usage["usage"] == {"prompt_tokens": 4, "completion_tokens": 14, "total_tokens": 18}
+    texts, ends = ["", ""], []
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+        ends += [choice["index"]] * (choice["finish_reason"] is not None)
+    assert texts == choices_of("once", 7, 1, 2)
+    assert sorted(ends) == [0, 1]
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "n": 2, "stream": True}
+    with engine.http() as http:
+        opening = events(http.post("/v1/chat/completions", json=chat))[:2]
+    assert [chunk["choices"][0]["index"] for chunk in opening] == [0, 1]
+
+
+def test_best_of_returns_the_likeliest_a_token(engine: FakeEngine) -> None:
+    """The fake gives request i a log-probability of -(i mod 7) for its first token; usage counts all."""
+    for _ in range(5):
+        post(engine, prompt="x", max_tokens=1)
+    answer = post(engine, prompt="once", max_tokens=1, n=2, best_of=4).json()
+    texts = choices_of("once", 1, 6, 4)
+    assert [choice["text"] for choice in answer["choices"]] == [texts[1], texts[2]], "ids 7 and 8: 0 and -1"
+    assert answer["usage"]["completion_tokens"] == 4
+    assert post(engine, prompt="x", best_of=2, stream=True).status_code == 400
+
+
+def test_every_choice_is_cancelled_when_the_client_leaves(engine: FakeEngine) -> None:
+    with (
+        engine.http() as http,
+        http.stream(
+            "POST", "/v1/completions", json={"prompt": "once", "max_tokens": 500, "n": 3, "stream": True}
+        ) as response,
+    ):
+        next(response.iter_lines())
+    eventually(engine.all_blocks_free)
+    assert engine.core.totals.cancelled == 3
+
+
 def test_a_prompt_may_be_token_ids(shared: FakeEngine) -> None:
     by_text = post(shared, prompt="abc", max_tokens=5).json()["choices"][0]["text"]
     assert post(shared, prompt=[97, 98, 99], max_tokens=5).json()["choices"][0]["text"] == by_text
@@ -164,7 +224,11 @@ def test_times_are_told_to_nobody_else(shared: FakeEngine) -> None:
         ({"prompt": [1, 256]}, "token ids go from 0 to 255"),
         ({"prompt": [True]}, "prompt: give one text"),
         ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": "x", "n": 2}, "n=2 is not supported"),
+        ({"prompt": "x", "n": 0}, "n: Input should be greater"),
+        ({"prompt": "x", "n": 65}, "n=65: this engine runs 64 at once"),
+        ({"prompt": "x", "n": 3, "best_of": 2}, "best_of=2 is less than n=3"),
+        ({"prompt": "x", "n": 2, "kvpilot_times": True}, "leave out n and best_of"),
+        ({"prompt": "x", "use_beam_search": True}, "use_beam_search=true is not supported"),
         ({"prompt": "x", "logprobs": 5}, "logprobs=5 is not supported"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "max_tokens": "5"}, "max_tokens"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvengine.model.sampling import GREEDY_BELOW, probs, sample
 from kvengine.request import Request
+from kvengine.sched.batch import Slice, SliceResult
 from kvengine.spec.draft import Proposal
 from kvengine.spec.verify import verify
 
@@ -23,7 +24,7 @@ def greedy(requests: Sequence[Request]) -> bool:
 def draws(request: Request) -> int:
     """How a row of this request counts in `StepSize.drawn_rows`."""
     if request.sampling.temperature < GREEDY_BELOW:
-        return 0
+        return int(request.sampling.scored)
     return 2 if request.sampling.top_p < 1.0 else 1
 
 
@@ -42,12 +43,36 @@ def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     return sample(distribution, uniforms.to(logits.device)).tolist()
 
 
+def sampled(logits: Tensor, slices: Sequence[Slice]) -> dict[int, SliceResult]:
+    """The result of each slice, by its id, from its row of `logits`; a request's forks draw from the same."""
+    requests = [request for piece in slices for request in (piece.request, *piece.request.forks)]
+    if len(requests) > len(slices):
+        rows = [row for row, piece in enumerate(slices) for _ in range(1 + len(piece.request.forks))]
+        logits = logits[torch.tensor(rows, device=logits.device)]
+    tokens = next_tokens(logits, requests)
+    scores = _logprobs(logits, tokens) if any(request.sampling.scored for request in requests) else []
+    results, first = {}, 0
+    for piece in slices:
+        end = first + 1 + len(piece.request.forks)
+        results[id(piece)] = SliceResult(
+            tokens[first : first + 1], forked=tokens[first + 1 : end], logprobs=scores[first:end]
+        )
+        first = end
+    return results
+
+
+def _logprobs(logits: Tensor, tokens: list[int]) -> list[float]:
+    """What the model itself, at temperature 1, gives each row's token; natural logarithm."""
+    chosen = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    return (logits.gather(1, chosen).squeeze(1) - logits.logsumexp(-1)).tolist()
+
+
 def judged(logits: Tensor, requests: Sequence[Request], proposal: Proposal) -> list[list[int]]:
     """The accepted drafts of each request and the token after them; `logits` has count + 1 rows for each."""
     counts, drafts = proposal.counts, proposal.tokens.tolist()
     if not any(counts):
         return [[token] for token in next_tokens(logits, requests)]
-    if proposal.probs is None:
+    if greedy(requests):
         return _judged_greedy(logits.argmax(-1).tolist(), counts, drafts)
     rows, width, first = [], max(counts) + 1, 0
     for count in counts:

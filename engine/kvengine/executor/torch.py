@@ -14,11 +14,13 @@ from kvengine.errors import DeviceOutOfMemory, StartError
 from kvengine.executor import emission
 from kvengine.executor.cuda_memory import CudaMemory
 from kvengine.kv.plan import StepSize
+from kvengine.kv.precisions import FULL, Precisions
 from kvengine.kv.storage import KvStorage
 from kvengine.memory import DeviceMemory, MemoryReading
 from kvengine.model.footprint import Footprint
 from kvengine.model.llama import Llama, Span
 from kvengine.sched.batch import Batch, Slice, SliceResult
+from kvengine.spec import ngram
 from kvengine.spec.draft import Proposal, propose, settle
 from kvkernels.scratch import Scratch
 
@@ -26,6 +28,7 @@ from kvkernels.scratch import Scratch
 class EagerExecutor:
     """Owns the models' KV and scratch memory; between steps it holds no state of any request.
 
+    Drafts come from the draft model or, without one and with `ngrams`, from the text itself.
     `num_blocks` blocks of `block_size` tokens serve both models: a block id means the same tokens in either.
     """
 
@@ -37,6 +40,8 @@ class EagerExecutor:
         num_blocks: int,
         block_size: int,
         device: torch.device | str = "cpu",
+        ngrams: bool = False,
+        precisions: Precisions = FULL,
     ) -> None:
         if draft and draft.max_tokens < target.max_tokens:
             raise StartError(
@@ -45,27 +50,36 @@ class EagerExecutor:
             )
         device = torch.device(device)
         self._target, self._draft, self._memory = target, draft, memory
+        self._ngrams = ngrams and draft is None
         self.footprint = Footprint(
-            target.config, draft.config if draft else None, block_size, target.max_tokens
+            target.config, draft.config if draft else None, block_size, target.max_tokens, precisions
         )
         try:
             memory.charge(self.footprint.resident_bytes, "weights and buffers")
             memory.charge(num_blocks * block_size * self.footprint.kv_bytes_per_token, "KV blocks")
             self._scratch = Scratch.for_geometries(self.footprint.geometries(), target.max_tokens, device)
-            self._target_kv = _storage(target, num_blocks, block_size, device)
-            self._draft_kv = _storage(draft, num_blocks, block_size, device) if draft else None
+            self._target_kv = _storage(target, num_blocks, block_size, device, precisions)
+            self._draft_kv = _storage(draft, num_blocks, block_size, device, precisions) if draft else None
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(f"at start: {error}") from error
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[SliceResult]:
         """One step. Raises DeviceOutOfMemory with every request as before."""
-        drafting = [piece for piece in batch.slices if piece.drafts] if self._draft else []
+        drafting = [piece for piece in batch.slices if piece.drafts] if self._draft or self._ngrams else []
         try:
             with self._memory.held(self._step_bytes(batch.slices, drafting), "a step's workspace"):
+                if batch.copies:
+                    self._copy(batch.copies)
                 return self._step(batch.slices, drafting)
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(f"step of {batch.tokens} tokens: {error}") from error
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Blocks that one of several holders is about to write, in both models' pools."""
+        for storage in (self._target_kv, self._draft_kv):
+            if storage is not None:
+                storage.copy(copies)
 
     def memory(self) -> MemoryReading:
         return self._memory.reading()
@@ -78,7 +92,7 @@ class EagerExecutor:
         for piece in plain:
             request, start = piece.request, piece.start
             tokens = request.tokens[start : start + piece.count]
-            spans.append(Span(tokens, start, request.blocks, int(piece.samples)))
+            spans.append(Span(tokens, start, request.blocks, int(piece.samples), request.packing))
         logits = self._target.forward(spans, self._target_kv, self._scratch)
         sampled = [piece for piece in plain if piece.samples]
         results: dict[int, SliceResult] = {}
@@ -86,13 +100,15 @@ class EagerExecutor:
             results = self._judge(logits[: logits.shape[0] - len(sampled)], drafting, proposal)
         if sampled:
             rows = logits[logits.shape[0] - len(sampled) :]
-            tokens = emission.next_tokens(rows, [piece.request for piece in sampled])
-            for piece, token in zip(sampled, tokens, strict=True):
-                results[id(piece)] = SliceResult([token])
+            results |= emission.sampled(rows, sampled)
         return [results.get(id(piece)) or SliceResult([]) for piece in slices]
 
     def _propose(self, drafting: list[Slice]) -> Proposal:
         requests = [piece.request for piece in drafting]
+        if self._ngrams:
+            return ngram.propose(
+                requests, [piece.drafts for piece in drafting], self._scratch.gathered.device
+            )
         return propose(
             self._draft_forward,
             requests,
@@ -107,7 +123,8 @@ class EagerExecutor:
         requests, counts = [piece.request for piece in drafting], proposal.counts
         emitted = emission.judged(logits, requests, proposal)
         accepted = [len(tokens) - 1 for tokens in emitted]
-        settle(requests, counts, accepted)
+        if self._draft:
+            settle(requests, counts, accepted)
         return {
             id(piece): SliceResult(tokens, count, stood)
             for piece, tokens, count, stood in zip(drafting, emitted, counts, accepted, strict=True)
@@ -121,8 +138,9 @@ class EagerExecutor:
             if piece.count == 1:
                 context += piece.start + 1 + drafts
             if piece.samples:
-                rows += 1 + drafts
-                drawn += emission.draws(piece.request) * (1 + drafts)
+                outputs = 1 + drafts + len(piece.request.forks)
+                rows += outputs
+                drawn += emission.draws(piece.request) * outputs
         behind = sum(len(piece.request.tokens) - piece.request.draft_computed for piece in drafting)
         return self.footprint.step_bytes(StepSize(tokens, rows, drawn, context), len(drafting), behind)
 
@@ -131,11 +149,17 @@ def _draft_spans(drafting: list[Slice], proposal: Proposal) -> list[Span]:
     """The newest token of each and its drafts, all of whose logits are wanted."""
     return [
         Span(
-            [piece.request.tokens[piece.start], *tokens[:count]], piece.start, piece.request.blocks, count + 1
+            [piece.request.tokens[piece.start], *tokens[:count]],
+            piece.start,
+            piece.request.blocks,
+            count + 1,
+            piece.request.packing,
         )
         for piece, tokens, count in zip(drafting, proposal.tokens.tolist(), proposal.counts, strict=True)
     ]
 
 
-def _storage(model: Llama, num_blocks: int, block_size: int, device: torch.device) -> KvStorage:
-    return KvStorage(model.config.layers, num_blocks, model.geometry(block_size), device)
+def _storage(
+    model: Llama, num_blocks: int, block_size: int, device: torch.device, precisions: Precisions
+) -> KvStorage:
+    return KvStorage(model.config.layers, num_blocks, model.geometry(block_size), device, precisions)

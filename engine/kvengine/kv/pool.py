@@ -10,7 +10,7 @@ names); `check()` is O(total). No tensors: block ids index whatever pools the ex
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvengine.errors import PoolError
 
@@ -26,7 +26,12 @@ class BlockPool:
         self._free = list(range(total - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         """Insertion order is age."""
-        self._references = [0] * total
+        self.references = [0] * total
+        """Holders of each block. For reading; only the pool writes it."""
+        self.lives = [0] * total
+        """How often each block has become free: content that was noted in an earlier life of it is gone."""
+        self.on_reclaim: Callable[[int], object] | None = None
+        """Told of each cached block whose content is about to be given up."""
         self._shared = 0
 
     @property
@@ -61,7 +66,7 @@ class BlockPool:
             if count > self.available:
                 return None
             self._reclaim(count - len(free))
-        references = self._references
+        references = self.references
         blocks = [free.pop() for _ in range(count)]
         for block in blocks:
             references[block] = 1
@@ -69,17 +74,24 @@ class BlockPool:
 
     def retain(self, blocks: Iterable[int]) -> None:
         """One more holder for each block, which is referenced or cached."""
+        references, cached = self.references, self._cached
         for block in blocks:
-            if self._references[block] == 0:
-                if block not in self._cached:
+            count = references[block] + 1
+            references[block] = count
+            if count == 2:
+                self._shared += 1
+            elif count == 1:
+                if block not in cached:
+                    references[block] = 0
                     raise PoolError("retained a block that holds nothing", (block,))
-                del self._cached[block]
-            self._references[block] += 1
-            self._shared += self._references[block] == 2
+                del cached[block]
 
-    def release(self, blocks: Sequence[int], keep: bool = False) -> None:
-        """One holder less for each block; the last one leaves it free, or cached with `keep`."""
-        references = self._references
+    def release(self, blocks: Iterable[int], keep: bool = False) -> None:
+        """One holder less for each block; the last one leaves it free, or cached with `keep`.
+
+        Cached blocks are reclaimed in the order in which they are named here.
+        """
+        references = self.references
         for block in blocks:
             count = references[block] - 1
             if count < 0:
@@ -89,9 +101,23 @@ class BlockPool:
                 if keep:
                     self._cached[block] = None
                 else:
+                    self.lives[block] += 1
                     self._free.append(block)
             elif count == 1:
                 self._shared -= 1
+
+    def discard(self, block: int) -> bool:
+        """Free a cached block: its content is not wanted any more. False if it is not cached."""
+        if block not in self._cached:
+            return False
+        del self._cached[block]
+        self.lives[block] += 1
+        self._free.append(block)
+        return True
+
+    def oldest_cached(self) -> Sequence[int]:
+        """Cached blocks in the order in which they will be reclaimed. O(cached)."""
+        return list(self._cached)
 
     def check(self, holders: Iterable[int] | None = None) -> None:
         """Raise PoolError unless every block is in exactly one state and the counts agree.
@@ -99,21 +125,25 @@ class BlockPool:
         `holders`: every table's blocks, one after another; then references must equal occurrences there too.
         """
         free, cached = set(self._free), set(self._cached)
-        held = {block for block, count in enumerate(self._references) if count > 0}
+        held = {block for block, count in enumerate(self.references) if count > 0}
         if len(free) != len(self._free):
             raise PoolError("a block is free twice")
         if twice := (free & cached) | (free & held) | (cached & held):
             raise PoolError("a block is in two states", tuple(sorted(twice)))
         if lost := set(range(self.total)) - free - cached - held:
             raise PoolError("a block is in no state", tuple(sorted(lost)))
-        if self.shared != sum(count > 1 for count in self._references):
+        if self.shared != sum(count > 1 for count in self.references):
             raise PoolError(f"shared={self.shared}: not the number of blocks with more than one holder")
         if holders is not None:
             counts = Counter(holders)
-            if wrong := {b for b in held | counts.keys() if counts[b] != self._references[b]}:
+            if wrong := {b for b in held | counts.keys() if counts[b] != self.references[b]}:
                 raise PoolError("references differ from the tables", tuple(sorted(wrong)))
 
     def _reclaim(self, count: int) -> None:
+        popitem, free, tell, lives = self._cached.popitem, self._free, self.on_reclaim, self.lives
         for _ in range(count):
-            block, _none = self._cached.popitem(last=False)
-            self._free.append(block)
+            block = popitem(last=False)[0]
+            if tell is not None:
+                tell(block)
+            lives[block] += 1
+            free.append(block)

@@ -1,11 +1,21 @@
 """Block tables: how the positions of a request map to blocks of the pool.
 
-A table is the request's own list of block ids; block `i` holds positions `i * block_size` and on. It grows on
-demand, when a step is about to write a position that no block covers yet. O(blocks added).
+A table is the request's own list of block ids; block `i` holds positions `i * block_size` and on (times its
+packing, see `kv.precisions`). It begins
+with what the prefix tree knows of the prompt, and grows on demand, when a step is about to write a position
+that no block covers yet. Blocks enter the tree as they fill; what is in the tree stays cached when its last
+holder leaves. Requests forked from one another share all blocks; a block is copied when one of several
+holders is about to write it, and only then. O(blocks concerned).
 """
 
+import logging
+from collections.abc import Iterator
+
 from kvengine.kv.pool import BlockPool
+from kvengine.kv.tree import PrefixTree
 from kvengine.request import Request
+
+log = logging.getLogger(__name__)
 
 
 def blocks_for(positions: int, block_size: int) -> int:
@@ -14,15 +24,51 @@ def blocks_for(positions: int, block_size: int) -> int:
 
 
 class BlockTables:
-    """Grows and empties the tables of requests over one pool."""
+    """Fills, grows, shares and empties the tables of requests over one pool; no `tree`, no prefix cache."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, tree: PrefixTree | None = None) -> None:
         self.pool = pool
         self.block_size = block_size
+        self.tree = tree
+        self.copies: dict[int, int] = {}
+        """Destination -> source of the blocks to copy before the next step writes."""
+        self.queried_tokens_total = 0
+        self.hit_tokens_total = 0
+
+    def adopt(self, request: Request) -> None:
+        """Begin an empty table with the cached prefix of its tokens, all but the last of them at most."""
+        tree = self.tree
+        if tree is None:
+            return
+        namespace = tree.namespace(request.tenant, request.adapter, request.packing)
+        blocks, request.anchor = tree.match(namespace, request.tokens, self._reusable(request))
+        self.pool.retain(blocks)
+        count = len(blocks)
+        request.blocks, request.registered = blocks, count
+        size = self.tokens_in_block(request)
+        request.computed = count * size
+        drafted = tree.drafted
+        valid = next((i for i, block in enumerate(blocks) if not drafted[block]), count)
+        request.draft_registered, request.draft_computed = valid, valid * size
+        self.queried_tokens_total += len(request.tokens)
+        self.hit_tokens_total += request.computed
+
+    def held_already(self, request: Request) -> int:
+        """Blocks of a waiting request's prefix that others hold: admitting it does not take them."""
+        if self.tree is None:
+            return 0
+        namespace = self.tree.namespace(request.tenant, request.adapter, request.packing)
+        blocks, _parent = self.tree.match(namespace, request.tokens, self._reusable(request))
+        return sum(self.pool.references[block] > 0 for block in blocks)
 
     def cover(self, request: Request, positions: int) -> bool:
-        """Make the table cover `positions` positions; False, and nothing changed, if the pool cannot."""
-        missing = -(-positions // self.block_size) - len(request.blocks)
+        """Make the table cover `positions` positions, writable from `computed` on.
+
+        False, and nothing changed, if the pool cannot.
+        """
+        missing = -(-positions // (self.block_size * request.packing)) - len(request.blocks)
+        if request.tail_shared:
+            return self._cover_own(request, missing)
         if missing <= 0:
             return True
         blocks = self.pool.allocate(missing)
@@ -33,11 +79,99 @@ class BlockTables:
 
     def reach(self, request: Request) -> int:
         """The most positions that `cover` could make this table cover now."""
-        return (len(request.blocks) + self.pool.available) * self.block_size
+        return (len(request.blocks) + self.pool.available) * self.tokens_in_block(request)
+
+    def tokens_in_block(self, request: Request) -> int:
+        """What one block holds of this request."""
+        return self.block_size * request.packing
+
+    def register(self, request: Request) -> None:
+        """Put the blocks that have filled up into the prefix tree. After each step that computed some."""
+        size, blocks, tree = self.block_size * request.packing, request.blocks, self.tree
+        if request.computed < (request.registered + 1) * size or request.anchor is None or tree is None:
+            return
+        full = min(request.computed, len(request.tokens)) // size
+        while request.registered < full:
+            number = request.registered
+            inserted = None
+            if not number or tree.holds(blocks[number - 1]):
+                tokens = request.tokens[number * size : (number + 1) * size]
+                inserted = tree.insert(request.anchor, tokens, blocks[number])
+            if inserted is None:  # Its parent was dropped while we held it, or just now.
+                request.anchor = None
+                return
+            block, request.anchor = inserted
+            if block != blocks[number]:
+                self.pool.retain([block])
+                self.pool.release([blocks[number]])
+                blocks[number] = block
+            request.registered += 1
+        self._register_drafted(tree, request)
+
+    def fork(self, request: Request, other: Request) -> None:
+        """Let `other`, which has the same tokens so far, begin with the same blocks."""
+        self.pool.retain(request.blocks)
+        other.blocks = list(request.blocks)
+        for name in ("packing", "computed", "draft_computed", "registered", "draft_registered", "anchor"):
+            setattr(other, name, getattr(request, name))
+        request.tail_shared = other.tail_shared = True
 
     def clear(self, request: Request) -> None:
         """Give every block back: the request has no valid KV any more."""
-        self.pool.release(request.blocks)
+        if self.tree is not None:
+            self._register_drafted(self.tree, request)
+        blocks, known = request.blocks, request.registered
+        for block in blocks[known:]:
+            self.copies.pop(block, None)
+        self.pool.release(blocks[known:])
+        if known and self.tree is not None:
+            if request.pin and not self.tree.pin(blocks[:known]):
+                log.warning("not pinned: %d blocks are over the limit of the pinned share", known)
+            self._release_known(self.tree, blocks[:known])
         request.blocks = []
-        request.computed = 0
-        request.draft_computed = 0
+        request.computed = request.registered = 0
+        request.draft_computed = request.draft_registered = 0
+        request.anchor, request.tail_shared = None, False
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """(source, destination) of the copies that the next step makes, once."""
+        copies = [(source, destination) for destination, source in self.copies.items()]
+        self.copies.clear()
+        return copies
+
+    def holders(self) -> Iterator[int]:
+        """Blocks held by no request: those that are pinned."""
+        return iter(self.tree.pinned if self.tree is not None else ())
+
+    def _reusable(self, request: Request) -> int:
+        # One token at least goes through the model: its logits are what comes next.
+        return (len(request.tokens) - 1) // self.tokens_in_block(request)
+
+    def _cover_own(self, request: Request, missing: int) -> bool:
+        """`cover` for a table whose block at `computed` may have other holders."""
+        number, blocks = request.computed // self.tokens_in_block(request), request.blocks
+        shared = number < len(blocks) and self.pool.references[blocks[number]] > 1
+        added = self.pool.allocate(max(missing, 0) + shared)
+        if added is None:
+            return False
+        if shared:
+            copy = added.pop()
+            self.copies[copy] = blocks[number]
+            self.pool.release([blocks[number]])
+            blocks[number] = copy
+        blocks += added
+        request.tail_shared = False
+        return True
+
+    def _register_drafted(self, tree: PrefixTree, request: Request) -> None:
+        drafted = min(request.draft_computed // self.tokens_in_block(request), request.registered)
+        while request.draft_registered < drafted:
+            tree.drafted[request.blocks[request.draft_registered]] = 1
+            request.draft_registered += 1
+
+    def _release_known(self, tree: PrefixTree, blocks: list[int]) -> None:
+        # Deepest first, so that a leaf is always reclaimed before what it continues.
+        held = [block for block in reversed(blocks) if tree.holds(block)]
+        if len(held) < len(blocks):
+            self.pool.release([block for block in blocks if not tree.holds(block)])
+        self.pool.release(held, keep=True)

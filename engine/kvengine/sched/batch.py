@@ -31,6 +31,10 @@ class SliceResult:
     tokens: list[int]
     drafted: int = 0
     accepted: int = 0
+    forked: Sequence[int] = ()
+    """One token for each of the request's forks, if it sampled and has any."""
+    logprobs: Sequence[float] = ()
+    """Of the token, then of those of the forks, where the request asks for scores."""
 
 
 @dataclass(slots=True)
@@ -38,6 +42,8 @@ class Batch:
     """The slices of one step, at most one a request, with the sums that cost models and telemetry use."""
 
     slices: Sequence[Slice]
+    copies: Sequence[tuple[int, int]] = ()
+    """(source, destination) of KV blocks to copy before anything else: all are read, then all written."""
     tokens: int = field(init=False, default=0)
     """Everything that goes through the target: prompt tokens, decoded tokens, drafts."""
     prefill_tokens: int = field(init=False, default=0)

@@ -7,7 +7,8 @@ One step is filled in this order, each under the step's token budget, in whole t
 3. *Admission* of waiting requests, while the running cap, the watermark and both budgets allow at least one
    token of them.
 
-KV blocks are allocated when a step is about to fill them. When there are none, the running request of the
+An admitted request begins with what the prefix cache has of it. KV blocks are allocated when a step is about
+to fill them. When there are none, the running request of the
 lowest class that was admitted last gives all of its blocks back and returns to the queue, to be computed
 again (its tokens are kept). Drafts are given up before anybody is preempted, and that last request itself,
 when it lacks a block, waits in place. No torch, no clock.
@@ -19,10 +20,13 @@ progress, because `refusal` let in only what the whole pool holds. O(running + a
 
 from bisect import insort
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 
 from kvengine.kv.pool import BlockPool
+from kvengine.kv.precisions import FULL, Precisions
 from kvengine.kv.table import BlockTables, blocks_for
+from kvengine.kv.tree import PrefixTree
 from kvengine.request import Request
 from kvengine.sched.admission import WaitingQueue, fits
 from kvengine.sched.batch import Batch, Slice
@@ -37,15 +41,25 @@ class Knobs:
     speculative_tokens: int
     max_running: int
     admission_watermark: float
+    kv_element_bits: float | None = None
+    """None: the pool's own."""
 
 
 class Scheduler:
     """Owns the waiting and running requests and their block tables."""
 
-    def __init__(self, pool: BlockPool, block_size: int, levels: int = 1) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        levels: int = 1,
+        tree: PrefixTree | None = None,
+        precisions: Precisions = FULL,
+    ) -> None:
+        self.precisions = precisions
         self.pool = pool
         self.block_size = block_size
-        self.tables = BlockTables(pool, block_size)
+        self.tables = BlockTables(pool, block_size, tree)
         self.waiting = WaitingQueue(levels)
         self.running: list[Request] = []
         self.preemptions_total = 0
@@ -66,10 +80,17 @@ class Scheduler:
         self.waiting.push(request)
 
     def remove(self, request: Request) -> None:
-        """Forget a request that ended, however it did; its blocks are free at once."""
+        """Forget a request that ended, however it did; its blocks are free, or cached, at once."""
         if not self.waiting.remove(request):
             self.running.remove(request)
             self.tables.clear(request)
+
+    def fork(self, request: Request, other: Request) -> None:
+        """Run `other` beside `request`, whose tokens and blocks it shares so far."""
+        self.tables.fork(request, other)
+        other.admission, other.served_step = request.admission, request.served_step
+        other.first_scheduled_ns = request.first_scheduled_ns
+        insort(self.running, other, key=_rank)
 
     def schedule(self, knobs: Knobs, now_ns: int = 0) -> Batch:
         """The next step's work; empty only if there are no requests."""
@@ -84,18 +105,22 @@ class Scheduler:
         self._cover_drafts()
         self._admit(knobs, now_ns)
         self.budget_limited = self._budget_left == 0
-        return Batch(self._slices)
+        return Batch(self._slices, self.tables.take_copies())
 
     def check(self) -> None:
         """Raise unless the invariants of the module docstring hold between steps."""
-        self.pool.check(block for request in self.running for block in request.blocks)
+        held = (block for request in self.running for block in request.blocks)
+        self.pool.check(chain(held, self.tables.holders()))
+        if self.tables.tree is not None:
+            self.tables.tree.check()
         for request in self.waiting:
             assert not request.blocks, f"request {request.id} waits and holds KV blocks"
             assert request.computed == 0, f"request {request.id} waits and has computed positions"
+            assert not request.registered, f"request {request.id} waits and is in the prefix tree"
             assert request not in self.running, f"request {request.id} waits and runs"
         for request in self.running:
             assert request.blocks, f"request {request.id} runs without a block"
-            covered = len(request.blocks) * self.block_size
+            covered = len(request.blocks) * self.tables.tokens_in_block(request)
             assert request.computed <= covered, f"request {request.id}: {covered} positions are covered"
         assert self.running == sorted(self.running, key=_rank), "running is out of order"
 
@@ -119,7 +144,7 @@ class Scheduler:
                     break
             else:
                 # One token comes out whatever is drafted: drafts past the last token would be waste.
-                wanted = min(drafts, request.output_left - 1)
+                wanted = 0 if request.sampling.scored else min(drafts, request.output_left - 1)
                 self._serve(Slice(request, request.computed, 1, wanted, samples=True, decode=True))
 
     def _spare_for_drafts(self, decodes: int) -> int:
@@ -163,15 +188,28 @@ class Scheduler:
     def _admit(self, knobs: Knobs, now_ns: int) -> None:
         # Running prompts have had their turn: where they leave budget they have all of their blocks, or there
         # is no free one; so blocks in use are all that is promised.
-        while self.waiting and len(self.running) < knobs.max_running:
-            if self._budget_left == 0 or self._prefill_left == 0:
+        while self.waiting and self._budget_left and self._prefill_left:
+            head = self.waiting.head
+            head.packing = self.precisions.packing(knobs.kv_element_bits)
+            if not self._below_cap(head, knobs.max_running):
                 return
-            need = blocks_for(len(self.waiting.head.tokens), self.block_size)
-            alone = not self.running
-            if not fits(need, self.pool.referenced, self.pool.total, knobs.admission_watermark, alone):
+            if not self._fits(head, knobs.admission_watermark):
                 self.kv_limited = True
                 return
             self._start(self.waiting.pop(), now_ns)
+
+    def _below_cap(self, request: Request, max_running: int) -> bool:
+        """Whether it may run beside the others, and so may its forks; alone they always may."""
+        others = len(self.running) + sum([len(other.forks) for other in self.running])
+        return others + 1 + len(request.forks) <= max_running or not self.running
+
+    def _fits(self, request: Request, watermark: float) -> bool:
+        need, total = blocks_for(len(request.tokens), self.tables.tokens_in_block(request)), self.pool.total
+        in_use, alone = self.pool.referenced, not self.running
+        if fits(need, in_use, total, watermark, alone):
+            return True
+        # Looked up only now: what others hold of its prefix is in use already.
+        return fits(need - self.tables.held_already(request), in_use, total, watermark, alone)
 
     def _start(self, request: Request, now_ns: int) -> None:
         self._admissions += 1
@@ -179,6 +217,7 @@ class Scheduler:
         if request.preemptions == 0:
             request.first_scheduled_ns = now_ns
             self.admitted.append(request)
+        self.tables.adopt(request)
         insort(self.running, request, key=_rank)
         self._serve_chunk(request)
 

@@ -30,7 +30,9 @@ class Proposal:
     tokens: Tensor
     """[batch, k]; a row is meaningful up to its count."""
     probs: Tensor | None
-    """[batch, k, vocab]: what the tokens were drawn from. None when every sequence is greedy."""
+    """[batch, k, vocab]: what the tokens were drawn from. None when each was certain: every sequence is greedy,
+    or no model drafted.
+    """
     counts: list[int]
     """How many each sequence drafted: what it wanted, or 0 while its draft KV catches up."""
 
@@ -91,7 +93,8 @@ def _catch_up(requests: Sequence[Request], wanted: Sequence[int]) -> tuple[list[
             counts[row] = wanted[row]
         elif count:
             start = request.draft_computed
-            behind.append(Span(request.tokens[start : start + count], start, request.blocks))
+            tokens = request.tokens[start : start + count]
+            behind.append(Span(tokens, start, request.blocks, packing=request.packing))
             request.draft_computed += count
     rows = sorted((row for row, count in enumerate(counts) if count), key=lambda row: -counts[row])
     return rows, [*(_remainder(requests[row]) for row in rows), *behind], counts
@@ -99,8 +102,8 @@ def _catch_up(requests: Sequence[Request], wanted: Sequence[int]) -> tuple[list[
 
 def _remainder(request: Request) -> Span:
     start = request.draft_computed
-    return Span(request.tokens[start:], start, request.blocks)
+    return Span(request.tokens[start:], start, request.blocks, packing=request.packing)
 
 
 def _next(request: Request, drafted: int, token: int) -> Span:
-    return Span((token,), len(request.tokens) + drafted, request.blocks)
+    return Span((token,), len(request.tokens) + drafted, request.blocks, packing=request.packing)

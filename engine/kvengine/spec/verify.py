@@ -19,12 +19,17 @@ from kvengine.model.sampling import sample
 
 
 def verify(
-    target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor, counts: Tensor, uniforms: Tensor
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    draft_tokens: Tensor,
+    counts: Tensor,
+    uniforms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Accepted draft tokens [batch] and the token after them [batch].
 
     target_probs [batch, k + 1, vocab]: the target's distribution before each draft and after the last.
-    draft_probs [batch, k, vocab], draft_tokens [batch, k]: what was drafted, and from what.
+    draft_probs [batch, k, vocab], draft_tokens [batch, k]: what was drafted, and from what; None if every
+    draft was certain (q is 1 at the draft), which needs no memory.
     counts [batch]: how many of the k each sequence drafted; the rest of its row is ignored.
     uniforms [batch, k + 1]: k for the acceptances, the last for the draw.
     """
@@ -34,11 +39,16 @@ def verify(
         return torch.zeros_like(counts), sample(target_probs[:, 0], uniforms[:, 0])
     drafts = draft_tokens.unsqueeze(-1)
     p = target_probs[:, :k].gather(-1, drafts).squeeze(-1)
-    q = draft_probs.gather(-1, drafts).squeeze(-1)
+    q = torch.ones_like(p) if draft_probs is None else draft_probs.gather(-1, drafts).squeeze(-1)
     accepted = leading(uniforms[:, :k] * q < p, counts)
     p_next = target_probs[rows, accepted]
-    rejected = (accepted < counts).to(draft_probs.dtype).unsqueeze(-1)
-    residual = (p_next - draft_probs[rows, accepted.clamp_max(k - 1)] * rejected).clamp_min(0.0)
+    rejected, at = accepted < counts, accepted.clamp_max(k - 1)
+    if draft_probs is None:
+        fallen = draft_tokens[rows, at]
+        residual = p_next.clone()
+        residual[rows, fallen] = residual[rows, fallen].masked_fill(rejected, 0.0)
+    else:
+        residual = (p_next - draft_probs[rows, at] * rejected.to(p_next.dtype).unsqueeze(-1)).clamp_min(0.0)
     # p and q equal up to rounding leave nothing to draw from; the draw is then from p, which is q.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0.0, residual, p_next)
     return accepted, sample(residual, uniforms[:, -1])

@@ -15,6 +15,8 @@ FieldType = Literal["u64", "f64"]
 HORIZONS = (16, 64, 256, 1024)
 """Steps ahead for which engines predict the blocks that running requests will hold."""
 QUANTILES = ("p10", "p50", "p90")
+KV_BITS = (32, 16, 8, 4)
+"""What engines store KV elements in."""
 
 
 class Field(NamedTuple):
@@ -47,6 +49,11 @@ _FIELDS = (
     Field("kv_blocks_free", "u64", "blocks", "KV blocks that nothing holds."),
     Field("kv_blocks_cached", "u64", "blocks", "Unreferenced KV blocks kept for reuse."),
     Field("kv_blocks_shared", "u64", "blocks", "KV blocks with more than one reference."),
+    Field("kv_blocks_pinned", "u64", "blocks", "KV blocks of pinned prompts: never reclaimed."),
+    *(
+        Field(f"kv_{bits}bit_blocks", "u64", "blocks", f"KV blocks in use that store tokens in {bits} bits.")
+        for bits in KV_BITS
+    ),
     Field("blocks_step", "u64", "steps", "Value of steps_total when cached and shared blocks were counted."),
     Field("tail_waste_tokens", "u64", "tokens", "Allocated KV token slots that hold no token yet."),
     Field("preemptions_total", "u64", "requests", "Running requests sent back to the queue."),
@@ -58,6 +65,7 @@ _FIELDS = (
     Field("oom_total", "u64", "events", "Steps that ran out of device memory."),
     Field("prefix_tokens_queried_total", "u64", "tokens", "Prompt tokens looked up in the prefix cache."),
     Field("prefix_tokens_hit_total", "u64", "tokens", "Prompt tokens found in the prefix cache."),
+    Field("prefix_mismatches_total", "u64", "events", "Cached blocks that were not what their key said."),
     Field("device_free_bytes", "u64", "bytes", "Device memory nobody holds, between steps."),
     Field("device_reserved_bytes", "u64", "bytes", "Device memory the engine's allocator holds."),
     Field("device_allocated_bytes", "u64", "bytes", "Device memory in live tensors, between steps."),

@@ -10,6 +10,7 @@ from kvengine.core import Core
 from kvengine.errors import DeviceOutOfMemory
 from kvengine.kv.plan import Plan
 from kvengine.kv.pool import BlockPool
+from kvengine.kv.tree import PrefixTree
 from kvengine.manifest import PREFIX_FIELDS, PREFIX_SIGNALS, build_manifest
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.admission import Limits
@@ -35,14 +36,16 @@ WHO = Identity("host", "", 0, 0)
 class Flight:
     """An engine in virtual time with a page that a reader reads and controls that a writer writes."""
 
-    def __init__(self, draft: bool = True) -> None:
+    def __init__(self, draft: bool = True, cached: bool = False) -> None:
         self.clock = VirtualClock(start_ns=NS)
         self.free_bytes = 1 << 20
         self.error: Exception | None = None
         executor = FakeExecutor(BLOCK, before=self._before)
         executor.memory = lambda: Reading(self.free_bytes, 5, 4)  # type: ignore[method-assign]
         lengths = LengthPredictor(100)
-        self.scheduler = Scheduler(BlockPool(BLOCKS), BLOCK, levels=2)
+        pool = BlockPool(BLOCKS)
+        self.tree = PrefixTree(pool, BLOCK, "fake") if cached else None
+        self.scheduler = Scheduler(pool, BLOCK, levels=2, tree=self.tree)
         self.core = Core(
             self.scheduler, executor, Limits(100, BLOCKS * BLOCK), frozenset(), lengths, self.clock
         )
@@ -106,6 +109,59 @@ def test_every_field_that_this_engine_can_fill_is_filled() -> None:
     names = {field.name for field in Flight().manifest.fields if not field.name.startswith("knob.")}
     assert names == set(STEP_FIELDS) - set(PREFIX_FIELDS) - {HOST_FIELD, "blocks_step"}
     assert set(Flight().manifest.unsupported_signals) == set(PREFIX_SIGNALS)
+
+
+def test_with_a_prefix_cache_every_field_is_filled_and_no_signal_is_missing() -> None:
+    manifest = Flight(cached=True).manifest
+    names = {field.name for field in manifest.fields if not field.name.startswith("knob.")}
+    assert names == set(STEP_FIELDS) - {HOST_FIELD, "blocks_step"}
+    assert manifest.unsupported_signals == {}
+
+
+def test_a_step_record_says_what_the_prefix_cache_did() -> None:
+    """Counts by hand, blocks of 4: a prompt of 9 leaves 2 blocks cached; two alike then share those."""
+    flight = Flight(cached=True)
+    flight.arrive(1, prompt=9, output=1)
+    flight.step()
+    expected = {
+        "kv_blocks_cached": 2,
+        "kv_blocks_free": BLOCKS - 2,
+        "kv_blocks_shared": 0,
+        "prefix_tokens_queried_total": 9,
+        "prefix_tokens_hit_total": 0,
+        "tail_waste_tokens": 0,
+    }
+    (record,) = flight.reader.poll()
+    assert {name: record[name] for name in expected} == expected
+    for number in (2, 3):
+        sampling = SamplingParams(5)
+        flight.core.accept(Request(number, [1] * 9, sampling, 0, "acme", flight.clock.monotonic_ns()))
+    for number in (4, 5):
+        flight.core.accept(Request(number, [1] * 9, SamplingParams(5), 0, None, flight.clock.monotonic_ns()))
+    flight.step()
+    expected = {
+        "kv_blocks_cached": 0,
+        # Of acme two shared and two tails, of nobody in particular the same.
+        "kv_blocks_free": BLOCKS - 8,
+        "kv_blocks_shared": 4,
+        "prefix_tokens_queried_total": 9 * 5,
+        "prefix_tokens_hit_total": 16,
+        "prefix_mismatches_total": 0,
+        "kv_blocks_pinned": 0,
+        "tail_waste_tokens": 4 * 3,
+    }
+    (record,) = flight.reader.poll()
+    assert {name: record[name] for name in expected} == expected
+
+
+def test_a_tenant_is_shown_with_the_blocks_it_holds_however_many_requests_read_them() -> None:
+    flight = Flight(cached=True)
+    for number in range(1, 4):
+        flight.core.accept(Request(number, [7] * 12, SamplingParams(60), 0, "acme", NS))
+    for _ in range(SCAN_STEPS):
+        flight.step()
+    (row,) = flight.reader.tenants()
+    assert row.kv_blocks == flight.scheduler.pool.referenced
 
 
 def test_an_engine_without_a_draft_says_that_it_cannot_speculate() -> None:

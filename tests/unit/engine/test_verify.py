@@ -41,8 +41,24 @@ def no_bonus(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Ten
     return accepted, torch.where(full, tokens[:, -1], following)
 
 
-def chi_square_of_first_two(rule: Verify, counts: Tensor) -> float:
-    """Statistic of the joint of the first two tokens of N chains, from one Markov target and draft."""
+def certain(p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Tensor) -> Verdict:
+    """Drafts without a distribution: the rule knows that each was certain."""
+    return verify(p, None, tokens, counts, uniforms)
+
+
+def certain_residual_from_p(
+    p: Tensor, q: Tensor, tokens: Tensor, counts: Tensor, uniforms: Tensor
+) -> Verdict:
+    """Mutant: after a certain draft fell, it may be drawn all the same."""
+    accepted, _ = verify(p, None, tokens, counts, uniforms)
+    return accepted, sample(p[torch.arange(len(p)), accepted], uniforms[:, -1])
+
+
+def chi_square_of_first_two(rule: Verify, counts: Tensor, drawn: bool = True) -> float:
+    """Statistic of the joint of the first two tokens of N chains, from one Markov target and draft.
+
+    Not `drawn`: the draft always proposes its likeliest token, as an n-gram drafter does.
+    """
     generator = torch.Generator().manual_seed(7)
     target, draft = (torch.softmax(torch.randn(V, V, generator=generator), -1) for _ in range(2))
     k = int(counts.max())
@@ -50,7 +66,8 @@ def chi_square_of_first_two(rule: Verify, counts: Tensor) -> float:
     p, q = torch.empty(N, k + 1, V), torch.empty(N, k, V)
     for i in range(k):
         p[:, i], q[:, i] = target[previous], draft[previous]
-        previous = tokens[:, i] = sample(q[:, i], torch.rand(N, generator=generator))
+        uniforms = torch.rand(N, generator=generator)
+        previous = tokens[:, i] = sample(q[:, i], uniforms) if drawn else q[:, i].argmax(-1)
     p[:, k] = target[previous]
     accepted, following = rule(p, q, tokens, counts, torch.rand(N, k + 1, generator=generator))
     first = torch.where(accepted > 0, tokens[:, 0], following)
@@ -65,6 +82,16 @@ def chi_square_of_first_two(rule: Verify, counts: Tensor) -> float:
 
 def test_emitted_tokens_follow_the_target_distribution() -> None:
     assert chi_square_of_first_two(verify, torch.full((N,), K)) < CRITICAL_63
+
+
+@pytest.mark.parametrize("counts", [torch.full((N,), K), torch.arange(N) % (K + 1)], ids=["all", "fewer"])
+def test_certain_drafts_follow_the_target_distribution(counts: Tensor) -> None:
+    assert chi_square_of_first_two(certain, counts, drawn=False) < CRITICAL_63
+
+
+def test_a_certain_draft_that_fell_is_not_drawn_again() -> None:
+    statistic = chi_square_of_first_two(certain_residual_from_p, torch.full((N,), K), drawn=False)
+    assert statistic > 10 * CRITICAL_63
 
 
 def test_sequences_that_drafted_fewer_follow_it_too() -> None:
