@@ -4,9 +4,8 @@
 
 Held-out text of both domains, 200 and 2,000 tokens at a time, goes through the engine's own forward pass once
 a precision; every position attends to KV as that precision stored it. `nll_delta` is nats a token more than
-fp32; `top1_agreement` the share of positions whose likeliest next token is fp32's. Bars are on the worst of the
-four. The model is small (`parameters`, heads of 32): larger ones lose less, and how much less is not measured
-here.
+fp32; `top1_agreement` the share of positions whose likeliest next token is fp32's. Bars are on the worst of
+the four. The model is small (`parameters`): what larger ones lose is not measured here.
 """
 
 import argparse
