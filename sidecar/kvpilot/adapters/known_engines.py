@@ -65,7 +65,7 @@ _KVENGINE = KnownEngine(
         "speculative_tokens": Capability(True, "per sequence and step", needs="a draft model"),
         "max_running": Capability(True, "gates admission, drains"),
         "admission_watermark": Capability(True, "at admission"),
-        "kv_element_bits": Capability(False, "one precision for all sequences"),
+        "kv_element_bits": Capability(True, "sequences admitted from then on: 32, 16, 8 or 4 bits"),
         "kv_kept_ratio": Capability(False, "it evicts nothing of a sequence that runs"),
         **_all(_VALVE_KNOBS, "the valve in front of its server"),
     },
