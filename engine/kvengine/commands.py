@@ -57,7 +57,7 @@ def serve(
     model: Annotated[
         Path | None, typer.Option(help="Model directory; the shipped model if not given.")
     ] = None,
-    draft: Annotated[str | None, typer.Option(help="Draft model directory, or none.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model directory, ngram, or none.")] = None,
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes any free one.")] = 8000,
     memory: Annotated[str, typer.Option(help="Device memory: weights, KV and steps.")] = "256MiB",

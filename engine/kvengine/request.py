@@ -1,8 +1,8 @@
 """A generation request as the engine core sees it: plain state, no behaviour that needs a model.
 
 The scheduler's block tables own `blocks`, `computed` and what follows from the prefix tree, the core owns
-`tokens` and the times, the executor touches `draft_computed` only. `tokens` only ever grows: preemption throws
-away computed positions, never a token.
+`tokens` and the times, the executor touches `draft_computed` only. `tokens` only ever grows: preemption
+throws away computed positions, never a token.
 
 Invariants between steps: `computed <= len(tokens) - 1` once anything was emitted, `blocks` covers `computed`
 positions, and `draft_computed <= computed`.

@@ -105,6 +105,7 @@ SIGNALS: dict[str, Signal] = _table(
     Signal("drafted_tokens", "counter", "tokens", _COUNT, "engine", "Draft tokens proposed."),
     # Prefix cache.
     Signal("prefix_hit_ratio", "ratio", "ratio", _RATIO, "engine", "Prompt tokens found in the prefix cache over those looked up."),
+    Signal("prefix_mismatches", "counter", "events", _COUNT, "engine", "Cached blocks that were not what their key said: dropped, and not served."),
     # Device memory.
     Signal("device_free_bytes", "gauge", "bytes", _BYTES, "engine", "Device memory nobody holds, between steps."),
     Signal("device_headroom_tokens", "gauge", "tokens", _COUNT, "engine", "Free device memory over the manifest's activation bytes per token."),

@@ -17,6 +17,7 @@ from fake_engine import eventually
 
 START_S = 60
 MODEL = "kvpilot-tiny"
+IGNORE_EOS = {"ignore_eos": True}
 
 
 class Engine:
@@ -94,6 +95,37 @@ def test_the_official_client_completes(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens <= 24
     again = client.completions.create(model=MODEL, prompt='{"name": ', max_tokens=24, temperature=0)
     assert again.choices[0].text == answer.choices[0].text
+
+
+def test_the_official_client_gets_several_choices(client: openai.OpenAI) -> None:
+    """Each with a seed of its own, the first with the one that was asked for; the likeliest of several."""
+    settings = {"model": MODEL, "prompt": '{"name": ', "max_tokens": 12, "seed": 7, "extra_body": IGNORE_EOS}
+    texts = [choice.text for choice in client.completions.create(**settings, n=3).choices]
+    assert len(set(texts)) == 3
+    assert texts[0] == client.completions.create(**settings).choices[0].text
+    best = client.completions.create(**settings, best_of=3)
+    assert best.choices[0].text in texts
+    assert best.usage is not None
+    assert best.usage.completion_tokens == 36
+
+
+def test_warm_prompts_are_cached_at_the_start_and_again_on_request(tmp_path: Path) -> None:
+    prompts = tmp_path / "warm.jsonl"
+    lines = [
+        {"prompt": "x" * 100, "pin": True},
+        {"messages": [{"role": "user", "content": "hi"}], "tenant": "a"},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    engine = Engine("--memory", "64MiB", "--warm", str(prompts), "--pinned-share", "0.2")
+    assert engine.child.stderr is not None
+    assert engine.child.stderr.readline() == "kvengine: 2 of 2 warm prompts are cached\n"
+    prompts.write_text("{}")
+    engine.child.send_signal(signal.SIGHUP)
+    assert "warm.jsonl:1: Value error, give either prompt or messages" in engine.child.stderr.readline()
+    prompts.write_text(json.dumps(lines[0]))
+    engine.child.send_signal(signal.SIGHUP)
+    assert engine.child.stderr.readline() == "kvengine: 1 of 1 warm prompts are cached\n"
+    assert engine.stop() == (0, "")
 
 
 def test_the_official_client_streams_a_completion(client: openai.OpenAI) -> None:
@@ -223,6 +255,8 @@ def _ended(pidfd: int) -> bool:
         (("--kv-fraction", "1.5"), 2, "kv_fraction=1.5: a share"),
         (("--prefill-chunk", "4096"), 2, "lower it or raise --step-tokens"),
         (("--callers", "/nowhere.json"), 2, "callers file /nowhere.json"),
+        (("--warm", "/nowhere"), 2, "--warm /nowhere: "),
+        (("--no-prefix-cache", "--pinned-share", "0.1"), 2, "there is no prefix cache to pin in"),
         (("--host", "203.0.113.7"), 1, "choose another --host or --port"),
     ],
 )

@@ -30,8 +30,8 @@ class Proposal:
     tokens: Tensor
     """[batch, k]; a row is meaningful up to its count."""
     probs: Tensor | None
-    """[batch, k, vocab]: what the tokens were drawn from. None when each was certain: every sequence is greedy,
-    or no model drafted.
+    """[batch, k, vocab]: what the tokens were drawn from. None when each was certain: every sequence is
+    greedy, or no model drafted.
     """
     counts: list[int]
     """How many each sequence drafted: what it wanted, or 0 while its draft KV catches up."""

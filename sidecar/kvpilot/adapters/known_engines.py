@@ -71,7 +71,6 @@ _KVENGINE = KnownEngine(
     },
     signals={
         **_all(_ENGINE_SIGNALS, _STEP),
-        "prefix_hit_ratio": Capability(False, "it has no prefix cache"),
         **_all(_VALVE_SIGNALS, "the valve's page"),
         TENANTS: Capability(True, "the valve's tag on each request"),
     },
@@ -115,6 +114,7 @@ _VLLM = KnownEngine(
         **_all(_ENGINE_SIGNALS, _STEP),
         **_all(_VALVE_SIGNALS, "the valve's page", needs="--middleware"),
         "kv_limited_steps": Capability(True, _STEP, since="0.32.0"),
+        "prefix_mismatches": Capability(False, "it trusts its hashes: no token ids", shown="read"),
         "oom": Capability(False, _WORKERS),
         "device_free_bytes": Capability(False, _WORKERS),
         "device_headroom_tokens": Capability(False, _WORKERS),

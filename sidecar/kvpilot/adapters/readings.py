@@ -23,6 +23,7 @@ FIELD_OF = {
     "kv_free_blocks": "kv_blocks_free",
     "kv_cached_blocks": "kv_blocks_cached",
     "kv_shared_blocks": "kv_blocks_shared",
+    "prefix_mismatches": "prefix_mismatches_total",
     "preemptions": "preemptions_total",
     "recomputed_tokens": "recomputed_tokens_total",
     "kv_limited_steps": "kv_limited_steps_total",
