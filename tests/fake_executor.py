@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvengine.sched.batch import Batch, Slice, SliceResult
+from kvkernels.precision import MAX_PACKING
 
 VOCABULARY = 256
 
@@ -52,6 +53,7 @@ class FakeExecutor:
     ) -> None:
         self.batches = 0
         self._block_size = block_size
+        self._block_slots = block_size * MAX_PACKING
         self._accepted = accepted
         self._before = before
         self._slots: dict[int, tuple[str | None, int]] = {}
@@ -64,7 +66,7 @@ class FakeExecutor:
         if self._before is not None:
             self._before(batch)
         self.batches += 1
-        size, before = self._block_size, dict(self._slots) if batch.copies else {}
+        size, before = self._block_slots, dict(self._slots) if batch.copies else {}
         for source, destination in batch.copies:
             for i in range(size):
                 if source * size + i in before:
@@ -105,5 +107,5 @@ class FakeExecutor:
         )
 
     def _slot(self, item: Slice, position: int) -> int:
-        block = item.request.blocks[position // self._block_size]
-        return block * self._block_size + position % self._block_size
+        held = self._block_size * item.request.packing
+        return item.request.blocks[position // held] * self._block_slots + position % held

@@ -66,9 +66,8 @@ class Gather:
         if precision is FP32:
             return
         stored = elements * precision.bits // 8
-        self._codes = _room(scratch, elements * 2, stored, DTYPES[precision]).view(blocks, -1)
-        if precision is BF16:
-            self._codes = _room(scratch, 0, stored, torch.bfloat16).view(blocks, -1)
+        first = 0 if precision is BF16 else elements * 2  # bf16 needs no room on the way to a float
+        self._codes = _room(scratch, first, stored, DTYPES[precision]).view(blocks, -1)
         self._halves = _room(scratch, 0, elements * 2, torch.int16).view(blocks, -1)
         self._nibbles = _room(scratch, 0, elements // 2, torch.int8).view(blocks, -1)
         vectors = self.floats.view(-1, 2, geometry.head_dim // 2)

@@ -24,10 +24,12 @@ _FREE_PADDING_TOKENS = 256
 cheaper than attending to padding."""
 
 
-def grouped(spans: Sequence[Span], geometry: Geometry) -> Iterator[Sequence[Span]]:
+def grouped(
+    spans: Sequence[Span], geometry: Geometry, gather_bytes: int = GATHER_BYTES
+) -> Iterator[Sequence[Span]]:
     """Split single-token spans of consecutive rows into groups to be gathered together."""
     # A block may be larger than the budget; it is then gathered alone.
-    budget_blocks = max(1, GATHER_BYTES // (geometry.block_floats * FLOAT_BYTES))
+    budget_blocks = max(1, gather_bytes // (geometry.block_floats * FLOAT_BYTES))
     free_padding_blocks = _FREE_PADDING_TOKENS // geometry.block_size
     widths = [geometry.blocks_for(span.context) for span in spans]
     # As many groups as the budget asks for, of like size: a small rest costs a whole call.

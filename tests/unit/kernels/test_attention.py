@@ -8,6 +8,7 @@ import torch
 from kvkernels import attention, reference
 from kvkernels.cpu import grouped
 from kvkernels.geometry import GATHER_BYTES, TILE_ROWS, Geometry, Span
+from kvkernels.precision import BF16, FP8, INT4, INT8, Precision
 from kvkernels.scratch import Scratch
 
 MAX_CONTEXT = 320
@@ -110,6 +111,24 @@ def test_blocks_larger_than_a_gather_are_taken_one_sequence_at_a_time() -> None:
     assert geometry.block_floats * 4 > GATHER_BYTES
     spans = [Span(row, 1, 9, [row]) for row in range(3)]
     assert [list(group) for group in grouped(spans, geometry)] == [[span] for span in spans]
+
+
+@pytest.mark.parametrize("precision", [BF16, FP8, INT8, INT4], ids=lambda one: one.name)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_context_may_fill_the_scratch(precision: Precision, count: int) -> None:
+    """The longest sequence takes all of it, in codes and as floats."""
+    geometry = Geometry(2, 2, 8, 16)
+    blocks = 128
+    scratch = Scratch(blocks * geometry.block_floats, blocks * 16, torch.device("cpu"))
+    kv, scales = torch.randn(blocks * 16, 4, 8), torch.ones(4, 8) / 16
+    stored = reference.codes(kv, scales, precision).view(blocks, -1)
+    meant = reference.values(stored.view(blocks * 16, -1), scales, precision, 8)
+    spans = [Span(0, count, blocks * 16, list(range(blocks)))]
+    query, out = torch.randn(count, 2, 8), torch.zeros(count, 2, 8)
+    expected = reference.attend(query, meant.view(blocks, 16, 2, 2, 8), spans)
+    paged = attention.PagedAttention(spans, geometry, scratch, query, out, precision)
+    paged.attend(stored, scales.view(2, 2, 1, 8) if precision.scaled else None)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
 
 
 def test_causal_mask_is_the_same_at_every_offset() -> None:

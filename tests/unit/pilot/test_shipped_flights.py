@@ -68,6 +68,33 @@ def test_after_a_burst_every_knob_is_at_its_baseline_again() -> None:
             assert lease.value == tick.context.knobs[lease.knob].baseline
 
 
+class TestMemoryLadder:
+    """Long outputs of many at once: more KV than the pool holds at its own precision."""
+
+    CROWD = tuple(Arrival(0.05 * i, 200, 700, "batch", "hooli", "json", i) for i in range(60))
+
+    def test_newcomers_are_stored_smaller_and_fewer_are_sent_back(self) -> None:
+        without, ladder = (
+            Plant(speculative_tokens=0),
+            Watched(*shipped("memory-ladder"), speculative_tokens=0),
+        )
+        without.fly(self.CROWD, 30.0, False)
+        ladder.fly(self.CROWD, 30.0)
+        assert ladder.packings == {1, 4}
+        assert ladder.scheduler.preemptions_total < 0.8 * without.scheduler.preemptions_total
+        ladder.scheduler.check()
+
+
+class Watched(Plant):
+    """Remembers what running requests have been stored in."""
+
+    packings: frozenset[int] = frozenset()
+
+    def _turn(self, coming: list[Arrival]) -> None:
+        super()._turn(coming)
+        self.packings |= {request.packing for request in self.scheduler.running}
+
+
 class TestSpeculation:
     """A steady batch that decodes for a while; only the drafts' luck differs."""
 
