@@ -162,8 +162,9 @@ class Core:
         for fork, token in zip(request.forks, result.forked, strict=True):
             self.scheduler.fork(request, fork)
             fork.parent = None
-            fork.tokens.append(token)
-            self._emit(step, fork, *self._cut(fork, [token]))
+            begun, ended = self._cut(fork, [token])
+            fork.tokens += begun
+            self._emit(step, fork, begun, ended)
         request.forks = []
         self._emit(step, request, tokens, finish)
 

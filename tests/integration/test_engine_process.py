@@ -104,7 +104,7 @@ def test_the_official_client_gets_several_choices(client: openai.OpenAI) -> None
     assert len(set(texts)) == 3
     assert texts[0] == client.completions.create(**settings).choices[0].text
     best = client.completions.create(**settings, best_of=3)
-    assert best.choices[0].text in texts
+    assert best.choices[0].text == client.completions.create(**settings, best_of=3).choices[0].text
     assert best.usage is not None
     assert best.usage.completion_tokens == 36
 

@@ -165,7 +165,9 @@ class SharingMachine(RuleBasedStateMachine):
         assert engine.finished | engine.failed | self.cancelled | set(engine.core.requests) == set(
             engine.requests
         )
-        assert all(follows(request) for request in engine.requests.values())
+        for request in engine.requests.values():
+            assert follows(request)
+            assert len(output(request)) <= request.sampling.max_tokens
         totals = engine.core.totals
         assert totals.arrivals == len(engine.requests)
         assert [totals.finished, totals.failed, totals.cancelled] == list(
@@ -180,7 +182,7 @@ class SharingMachine(RuleBasedStateMachine):
 
 
 TestSharingMachine = SharingMachine.TestCase
-TestSharingMachine.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
+TestSharingMachine.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
 
 
 @pytest.mark.parametrize(("prompt", "copies"), [(10, 3), (8, 0), (3, 3)])
@@ -200,6 +202,16 @@ def test_cow_forks_share_the_prompt_and_copy_only_a_block_that_diverges(prompt: 
     assert engine.copies == copies
     assert all(len(output(request)) == 6 and follows(request) for request in family)
     assert engine.core.totals.finished == engine.core.totals.arrivals == 4
+
+
+def test_choices_of_one_token_end_with_it() -> None:
+    """Their first token, which comes with the prompt's, is their last."""
+    engine = Harness()
+    family = engine.arrive([5] * 6, 1, choices=3)
+    engine.step()
+    assert engine.finished == {request.id for request in family}
+    assert [len(output(request)) for request in family] == [1, 1, 1]
+    assert engine.pool.referenced == 0
 
 
 def test_cow_with_drafts_writes_to_own_blocks_only() -> None:
