@@ -77,7 +77,7 @@ class KvStorage:
         return [block for block, one in enumerate(self._packings) if one == packing]
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, (source, destination); all sources are read before any destination is written."""
+        """Copy whole blocks, (source, destination): as if all were read, then all written."""
         for layer in self._memory:
             attention.copy(layer, copies)
         packings = [self._packings[source] for source, _ in copies]
