@@ -72,7 +72,8 @@ class Flight:
         callers = {"classes": CLASSES, "default": "batch", "header": CALLER_HEADER, "tenants": TENANTS}
         (self._folder / "callers.json").write_text(json.dumps(callers))
         arguments = ["kvengine", "serve", "--host", "127.0.0.1", "--port", str(self._port), "--name", MODEL]
-        arguments += self._scenario.engine_arguments
+        # Every leg replays the same prompts: a cache would serve the later legs what the earlier computed.
+        arguments += ["--no-prefix-cache", *self._scenario.engine_arguments]
         self._engine = Process("engine", arguments, self._folder / "engine.log", self._environ)
         await self._engine.wait_until_answers(f"{self.url}/health", self._clock, within_s=60)
         assert self._place is not None
