@@ -62,7 +62,8 @@ def prompt(length: int, seed: int = 0, repeat: int | None = None) -> tuple[int, 
 
 def client(timeout_s: float = 120.0) -> httpx.AsyncClient:
     """A client that neither queues for connections nor reads proxies from the environment."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # A connection of its own for each request: a kept one may be closed by a busy server just as it is used.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False)
 
 
