@@ -1,4 +1,4 @@
-"""Who may come in: what is refused at the door, who waits in which order, who fits now.
+"""Who may come in: what is refused at the door, who waits in which order, who fits now and later.
 
 `refusal` and `fits` are pure. The queue serves the highest class first and, within a class, the earliest
 arrival; a preempted request goes back to its place by arrival, so it does not lose its turn. Push and remove
@@ -6,10 +6,16 @@ are O(log n) to find plus a memory move, the head is O(1).
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvengine.kv.table import BlockTables
 from kvengine.request import Request
+from kvengine.sched.peak import PeakDemand
+from kvpilot.inside.lengths import LengthPredictor
+
+ASK_AGAIN_STEPS = 16
+"""A request that was refused for the peak is looked at again after so many steps, if nobody left before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,43 @@ def fits(need_blocks: int, in_use_blocks: int, total_blocks: int, watermark: flo
     watermark under its size must not starve it.
     """
     return alone or in_use_blocks + need_blocks <= watermark * total_blocks
+
+
+class PeakAdmission:
+    """Admits while a pessimistic quantile of the predicted peak of KV demand stays under the watermark."""
+
+    def __init__(self, tables: BlockTables, lengths: LengthPredictor) -> None:
+        self._tables = tables
+        self._peak = PeakDemand(tables, lengths)
+        self._read_in_step = 0
+        self._refused: tuple[object, ...] = ()
+        self._refused_in_step = 0
+
+    def fits(self, request: Request, running: Sequence[Request], watermark: float, step: int) -> bool:
+        """Whether `request` may run beside the others from `step` on; alone it always may."""
+        if not running:
+            return True
+        latest = max([other.admission for other in running])
+        case = (request.id, request.packing, watermark, len(running), latest)
+        if case == self._refused and step - self._refused_in_step < ASK_AGAIN_STEPS:
+            return False
+        if self._read_in_step != step:
+            self._peak.read(running)
+            self._read_in_step = step
+        limit = watermark * self._tables.pool.total
+        # The prefix is looked up only if it matters.
+        if self._peak.with_candidate(request, 0) <= limit:
+            return True
+        held = self._tables.held_already(request)
+        if held and self._peak.with_candidate(request, held) <= limit:
+            return True
+        self._refused, self._refused_in_step = case, step
+        return False
+
+    def admitted(self, request: Request, step: int) -> None:
+        """It runs from `step` on."""
+        if self._read_in_step == step:
+            self._peak.admitted(request)
 
 
 class WaitingQueue:

@@ -28,8 +28,9 @@ from kvengine.kv.precisions import FULL, Precisions
 from kvengine.kv.table import BlockTables, blocks_for
 from kvengine.kv.tree import PrefixTree
 from kvengine.request import Request
-from kvengine.sched.admission import WaitingQueue, fits
+from kvengine.sched.admission import PeakAdmission, WaitingQueue, fits
 from kvengine.sched.batch import Batch, Slice
+from kvpilot.inside.lengths import LengthPredictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,14 @@ class Scheduler:
         levels: int = 1,
         tree: PrefixTree | None = None,
         precisions: Precisions = FULL,
+        lengths: LengthPredictor | None = None,
     ) -> None:
         self.precisions = precisions
         self.pool = pool
         self.block_size = block_size
         self.tables = BlockTables(pool, block_size, tree)
+        self.peak = None if lengths is None else PeakAdmission(self.tables, lengths)
+        """Who looks ahead at admission; without, the watermark is of what is in use now."""
         self.waiting = WaitingQueue(levels)
         self.running: list[Request] = []
         self.preemptions_total = 0
@@ -206,10 +210,12 @@ class Scheduler:
     def _fits(self, request: Request, watermark: float) -> bool:
         need, total = blocks_for(len(request.tokens), self.tables.tokens_in_block(request)), self.pool.total
         in_use, alone = self.pool.referenced, not self.running
-        if fits(need, in_use, total, watermark, alone):
-            return True
-        # Looked up only now: what others hold of its prefix is in use already.
-        return fits(need - self.tables.held_already(request), in_use, total, watermark, alone)
+        # Looked up only where it matters: what others hold of its prefix is in use already.
+        if not fits(need, in_use, total, watermark, alone) and not fits(
+            need - self.tables.held_already(request), in_use, total, watermark, alone
+        ):
+            return False
+        return self.peak is None or self.peak.fits(request, self.running, watermark, self._steps)
 
     def _start(self, request: Request, now_ns: int) -> None:
         self._admissions += 1
@@ -219,6 +225,8 @@ class Scheduler:
             self.admitted.append(request)
         self.tables.adopt(request)
         insort(self.running, request, key=_rank)
+        if self.peak is not None:
+            self.peak.admitted(request, self._steps)
         self._serve_chunk(request)
 
     def _make_room(self, request: Request) -> bool:
