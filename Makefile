@@ -6,7 +6,7 @@ VLLM_VERSION := 0.32.0
 export VLLM_ENV ?= $(CACHE)/vllm-$(VLLM_VERSION)
 VLLM_TOOLS := $(CACHE)/vllm-test-tools
 
-.PHONY: demo test test-vllm vllm check bench clean
+.PHONY: demo test test-vllm vllm check docs bench clean
 
 demo: .venv/engine
 	$(BIN)/kvpilot demo $(DEMO)
@@ -26,6 +26,12 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/kvpilot check policies
 	$(BIN)/kvpilot test policies
+
+# The pages that are made from the code's own tables; tests hold them current.
+docs: .venv/dev
+	$(BIN)/kvpilot signals --markdown > docs/signals.md
+	$(BIN)/kvpilot knobs --markdown > docs/knobs.md
+	$(BIN)/python -m kvpilot.publish.metrics_page > docs/metrics.md
 
 bench: .venv/dev
 	$(BIN)/python bench/run_all.py
