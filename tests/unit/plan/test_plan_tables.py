@@ -20,6 +20,8 @@ GIB = 2**30
 
 PARAMETERS = {
     # As the published checkpoints count them: the total_size of their index, divided by two bytes.
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,

@@ -39,6 +39,8 @@ def _config(
 _UNUSED_WINDOW = {"use_sliding_window": False, "sliding_window": 131_072}
 
 PUBLISHED: dict[str, Mapping[str, Any]] = {
+    "llama-2-7b": _config("llama", 4096, 11_008, 32, 32, 32, 32_000, 4096),
+    "llama-3-8b": _config("llama", 4096, 14_336, 32, 32, 8, 128_256, 8192),
     "llama-3.2-1b": _config(
         "llama", 2048, 8192, 16, 32, 8, 128_256, 131_072, head_dim=64, tie_word_embeddings=True
     ),
