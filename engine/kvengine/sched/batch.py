@@ -48,6 +48,7 @@ class Batch:
     """Everything that goes through the target: prompt tokens, decoded tokens, drafts."""
     prefill_tokens: int = field(init=False, default=0)
     decode_sequences: int = field(init=False, default=0)
+    drafted_tokens: int = field(init=False, default=0)
     context_tokens: int = field(init=False, default=0)
     """KV positions that decoding sequences read."""
     chunk_positions: int = field(init=False, default=0)
@@ -58,6 +59,7 @@ class Batch:
             if item.decode:
                 self.decode_sequences += 1
                 self.tokens += 1 + item.drafts
+                self.drafted_tokens += item.drafts
                 self.context_tokens += item.start + 1 + item.drafts
             else:
                 self.tokens += item.count
