@@ -1,7 +1,8 @@
 """The step hook: what an engine's step loop calls, from one thread.
 
     hook = StepHook.open(manifest)              once; never raises
-    values = hook.begin_step(now_ns)            knob values in force: one bounded read of the controls page
+    values = hook.begin_step(now_ns)            knob values in force: one bounded read of the controls page,
+                                                at most every 20 ms
     hook.itl[class_level].record(duration_ns)   while stepping
     hook.end_step(values)                       one record: the manifest's fields, in order
     hook.last_words(error)                      an exception is about to end the engine
@@ -47,6 +48,11 @@ ABSENT_NS = 60 * NS
 
 HOST_EVERY_NS = NS // 10
 """How old a reading of the machine's memory may be while steps run."""
+
+CONTROLS_EVERY_NS = NS // 50
+"""How old a reading of the controls may be while steps run: a fifth of a pilot's tick. In a real engine's step
+loop, which finds its caches cold, this read is the dearest thing that a hook does.
+"""
 
 _FRACTIONAL_UNITS = ("ratio", "seconds")
 
@@ -115,6 +121,10 @@ class StepHook:
         self._host = host
         self._host_bytes = (host.available_bytes() or 0,) if host else ()
         self._host_ns = 0
+        self.controls_every_ns = CONTROLS_EVERY_NS
+        """Leases run out at each step boundary, however long this is."""
+        self._look_ns = 0
+        """When controls are due to be read."""
         self.enabled = telemetry is not None
         self.failures = 0
         """Exceptions of our own kept from the engine: 0 or 1, since the first one disables the hook."""
@@ -190,13 +200,10 @@ class StepHook:
             telemetry.mark_boundary(now_ns)
             if self._host is not None and now_ns >= self._host_ns:
                 self._look_at_host(self._host, now_ns)
-            page = self._read_controls(now_ns) if self._read_controls else None
-            changed = page is not None and book.observe(page, now_ns)
+            changed = now_ns >= self._look_ns and self._look_at_controls(book, now_ns)
             expiry_ns = book.next_expiry_ns
             if changed or self._stale or (expiry_ns is not None and now_ns >= expiry_ns):
                 self._apply(book, now_ns)
-            if page is None or book.error:
-                self._warn_once(book.error, now_ns)
             return self._values
         except Exception:
             self._disable()
@@ -344,6 +351,15 @@ class StepHook:
     def _set_echo(self, sequence: int, ignored: int) -> None:
         """What the hook itself adds to each record."""
         self._echo = (sequence, ignored, *self._values.values(), *self._host_bytes)
+
+    def _look_at_controls(self, book: LeaseBook, now_ns: int) -> bool:
+        """One bounded read; whether leases may have changed."""
+        self._look_ns = now_ns + self.controls_every_ns
+        page = self._read_controls(now_ns) if self._read_controls else None
+        changed = page is not None and book.observe(page, now_ns)
+        if page is None or book.error:
+            self._warn_once(book.error, now_ns)
+        return changed
 
     def _look_at_host(self, host: HostMemory, now_ns: int) -> None:
         self._host_ns = now_ns + HOST_EVERY_NS

@@ -21,7 +21,7 @@ from kvpilot.clock import NS
 from kvpilot.link.page import HEADER_BYTES, Identity, LinkError, PageHeader
 
 CONTROLS_BYTES = 4_096
-"""One page of memory: what an engine copies at every step boundary."""
+"""One page of memory: what an engine copies at a step boundary."""
 SLOT_BYTES = (CONTROLS_BYTES - HEADER_BYTES) // 2
 TTL_MAX_NS = 60 * NS
 ENGINE_ANY = 0

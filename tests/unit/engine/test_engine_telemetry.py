@@ -71,6 +71,7 @@ class Flight:
         self.controls = bytearray(CONTROLS_BYTES)
         self.pilot = ControlsWriter(self.controls, WHO)
         hook = StepHook(self.manifest, writer, lambda _now_ns: bytes(self.controls))
+        hook.controls_every_ns = 0
         self.telemetry = Telemetry(self.core, executor, lengths, hook)
         self.reader = TelemetryReader(lambda offset, size: bytes(page[offset : offset + size]))
 

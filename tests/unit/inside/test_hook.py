@@ -40,7 +40,7 @@ class Engine:
             [Lease(knob, scope, value, NS, self.renewal) for knob, value in leases], nonce
         )
 
-    def step(self, seconds: float = 0.01) -> dict[str, float]:
+    def step(self, seconds: float = 0.02) -> dict[str, float]:
         self.now_ns += round(seconds * NS)
         self.steps += 1
         values = dict(self.hook.begin_step(self.now_ns))
@@ -68,6 +68,16 @@ def test_a_lease_is_in_force_from_the_next_step_and_echoed_by_its_record() -> No
         "knob.prefill_chunk_tokens": 512,
         "knob.admission_watermark": 0.95,
     }
+
+
+def test_controls_are_read_every_20_ms_at_most_and_leases_run_out_at_any_step() -> None:
+    engine = Engine()
+    engine.write(("max_running", 8))
+    assert engine.step(0.019) == BASELINES
+    assert engine.step(0.001) == BASELINES | {"max_running": 8}
+    assert engine.step(0.999) == BASELINES | {"max_running": 8}
+    engine.hook.controls_every_ns = 60 * NS
+    assert engine.step(0.001) == BASELINES
 
 
 def test_when_the_pilot_dies_baseline_returns_in_one_ttl_and_one_step() -> None:

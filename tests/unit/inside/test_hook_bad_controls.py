@@ -16,7 +16,7 @@ from kvpilot.inside.hook import StepHook
 from kvpilot.link.controls import CONTROLS_BYTES, SLOT_BYTES, ControlsWriter, Lease, Scope
 from kvpilot.link.page import HEADER_BYTES, PageHeader
 
-STEP_NS = NS // 100
+STEP_NS = NS // 50
 TTL_NS = 2 * NS
 RECHECK_NS = NS
 BASELINE, LEASED = 32, 8

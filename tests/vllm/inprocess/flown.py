@@ -40,6 +40,8 @@ class Flown(Plane):
         self._renewal = 0
         # A process refuses to read a controls page that it writes itself.
         self.hook._read_controls = lambda _now_ns: self._controls
+        # The clock stands still between steps.
+        self.hook.controls_every_ns = 0
         page = self.hook._page
         assert page is not None
         # A descriptor of its own, so that the page can be read when the hook has let go of it.
