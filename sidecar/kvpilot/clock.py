@@ -62,3 +62,8 @@ class VirtualClock:
         if seconds < 0:
             raise ValueError(f"seconds={seconds}: time does not go back")
         self._now_ns += round(seconds * NS)
+
+    def move_to(self, at_ns: int) -> None:
+        """Move ahead to `at_ns`; where that has passed, nothing moves."""
+        if at_ns > self._now_ns:
+            self._now_ns = at_ns
