@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kvpilot.adapters.other_ranks import OtherRanks
 from kvpilot.alerts.outbox import Outbox
 from kvpilot.journal.writer import JournalWriter
 from kvpilot.pilot import Pilot
@@ -18,3 +19,5 @@ class Flight:
     outbox: Outbox
     journal: JournalWriter
     rank: int = 0
+    others: OtherRanks | None = None
+    """Ranks that no pilot flies, where this pilot shows them too."""

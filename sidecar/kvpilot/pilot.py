@@ -130,6 +130,7 @@ class Pilot:
         tick = Tick(
             *(now_ns, wall_ns, sight, context.armed, arming, off, inputs, context, outcome, leases),
             bands=ahead.bands,
+            decided=self.ledger.newest if outcome.decisions else None,
         )
         self._say_armed(context.armed, arming)
         return self._publish(tick, readings)
@@ -249,7 +250,9 @@ class Pilot:
         )
 
     def _publish(self, tick: Tick, readings: dict[Key, Reading | Missing]) -> Tick:
+        began_ns = self.clock.monotonic_ns()
         self.board.hang(tick, readings)
+        self.board.publishing.observe((self.clock.monotonic_ns() - began_ns) / NS)
         return tick
 
 

@@ -16,7 +16,6 @@ from datetime import UTC
 from pathlib import Path
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
-from prometheus_client import CollectorRegistry
 
 from kvpilot.adapters.actuator import Actuator
 from kvpilot.adapters.adoption import Adopted, adopt, left_in_force
@@ -169,7 +168,7 @@ class Service:
             self._release()
             raise StartError(str(error)) from error
         self._journal.start()
-        server = build_server(build_app(self.flight, self._clock, CollectorRegistry()))
+        server = build_server(build_app(self.flight, self._clock))
         serving = asyncio.create_task(server.serve(sockets=[self._listening]))
         scheduler = self._schedule()
         rank = f" rank {self._config.rank}" if self._config.rank else ""

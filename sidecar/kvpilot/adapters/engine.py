@@ -20,7 +20,8 @@ from kvpilot.link.liveness import STALLED_AFTER_S, Answers, Liveness, classify
 from kvpilot.link.manifest import Manifest
 from kvpilot.link.page import LinkError
 from kvpilot.link.records import StepRecord
-from kvpilot.link.telemetry import ClassRow, TelemetryReader
+from kvpilot.link.telemetry import ClassRow, TelemetryReader, TenantRow
+from kvpilot.link.valve_page import ValveRow
 from kvpilot.signals import Missing
 
 RESCAN_NS = NS // 2
@@ -151,6 +152,16 @@ class EngineAdapter:
             return Missing("not_provided")
         held = [row for row in self._attached.reader.tenants() if row.kv_blocks > 0 and row.name]
         return max(held, key=lambda row: (row.kv_blocks, row.name)).name if held else None
+
+    def tenants(self) -> tuple[TenantRow, ...]:
+        """What each tenant holds, for exporters; empty where the engine does not tell. O(tenants)."""
+        if self._attached is None or "tenants" in self._attached.reader.manifest.unsupported_signals:
+            return ()
+        return self._attached.reader.tenants()
+
+    def valve_rows(self) -> list[ValveRow]:
+        """What valves have counted, by class and tenant, for exporters."""
+        return self._valves.rows()
 
     def close(self) -> None:
         """Let go of all pages."""

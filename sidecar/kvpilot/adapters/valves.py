@@ -21,7 +21,7 @@ from kvpilot.knobs import KNOBS
 from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import ManifestKnob
 from kvpilot.link.page import LinkError
-from kvpilot.link.valve_page import ValvePageReader, ValveSnapshot
+from kvpilot.link.valve_page import ValvePageReader, ValveRow, ValveSnapshot
 from kvpilot.policy.grid import protective_first
 from kvpilot.signals import Missing
 
@@ -107,6 +107,10 @@ class Valves:
                 self._last[nonce] = snapshot
                 byte_left |= _take(followed, snapshot, now_ns)
         return self._summed(now_ns, byte_left) if self._last else None
+
+    def rows(self) -> list[ValveRow]:
+        """What each valve had counted when it was last read, by class and tenant."""
+        return [row for snapshot in self._last.values() for row in snapshot.rows]
 
     def close(self) -> None:
         """Let go of all pages."""

@@ -1,7 +1,7 @@
 """HTTP, read-only: it shows and cannot operate.
 
-    /metrics   Prometheus (OpenMetrics where asked for)      /status   JSON      /healthz   is the loop
-    turning
+    /metrics          Prometheus (OpenMetrics where asked for)      /status    JSON
+    /metrics/picker   what an endpoint picker reads                 /healthz   is the loop turning
 
 Served by the pilot's own event loop, so that a rendering sees whole ticks only; a scrape costs some
 milliseconds.
@@ -14,12 +14,11 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 from kvpilot.clock import NS, Clock
 from kvpilot.flight import Flight
-from kvpilot.publish.prometheus import PilotCollector
+from kvpilot.publish.exposition import TEXT
+from kvpilot.publish.prometheus import MetricsPage
 from kvpilot.publish.status import status
 from kvpilot.version import version
 
@@ -30,15 +29,19 @@ class HttpError(Exception):
     """The address cannot be listened on; one line."""
 
 
-def build_app(flight: Flight, clock: Clock, registry: CollectorRegistry) -> FastAPI:
-    """The application. `registry` is the caller's own: nothing is registered globally."""
-    registry.register(PilotCollector(flight))
+def build_app(flight: Flight, clock: Clock, page: MetricsPage | None = None) -> FastAPI:
+    """The application. `page` is the metrics page where the caller has added to it."""
+    page = page or MetricsPage(flight)
     app = FastAPI(title="kvpilot", version=version(), openapi_url=None, docs_url=None, redoc_url=None)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encoder(registry), headers={"Content-Type": content_type})
+        body, content_type = page.answer(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    @app.get("/metrics/picker")
+    async def picker() -> Response:
+        return Response(page.picker(), headers={"Content-Type": TEXT})
 
     @app.get("/status")
     async def show_status() -> JSONResponse:

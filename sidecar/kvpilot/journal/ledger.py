@@ -68,6 +68,11 @@ class Ledger:
         self._checked: dict[RuleKey, int] = {}
         """The decision whose effect each rule is waiting for."""
 
+    @property
+    def newest(self) -> int:
+        """The number of the newest decision."""
+        return self._number
+
     def use(self, policies: PolicySet, slo: Slo, wall_ns: int) -> None:
         """Journal the texts of these rules; the decisions that follow are theirs."""
         self._texts = {}

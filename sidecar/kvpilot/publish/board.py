@@ -20,6 +20,7 @@ from kvpilot.policy.evaluate import Inputs
 from kvpilot.policy.lease import LeaseWish
 from kvpilot.policy.outcome import Outcome
 from kvpilot.publish.durations import Durations
+from kvpilot.publish.exemplars import Exemplars
 from kvpilot.signals import SIGNALS, Missing
 
 REFRESH_NS = NS // 2
@@ -44,6 +45,8 @@ class Tick:
     leases: tuple[LeaseWish, ...] = ()
     bands: Mapping[Key, Estimate] = field(default_factory=dict)
     """Of forecasts: how far they may be off."""
+    decided: int | None = None
+    """Number of the newest decision of this tick, if it made one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,14 @@ class Board:
         """Ticks that ended in a defect of ours; their leases were not renewed."""
         self.durations = Durations()
         self.lateness = Durations()
+        self.publishing = Durations()
+        """What hanging a tick here took, twice a second with every distribution."""
+        self.exemplars = Exemplars()
         self.latest: dict[Key, Reading | Missing] = {}
         self._windows = Windows()
         self._windows.require(self.views)
         self._refresh_ns: int | None = None
+        self._decided: int | None = None
 
     def wanted(self, now_ns: int) -> set[Key]:
         """Signals that should be read this tick for the board's sake."""
@@ -97,13 +104,18 @@ class Board:
         """Replace what is shown."""
         self.tick = tick
         self.ticks += 1
+        if tick.decided is not None:
+            self._decided = tick.decided
         if tick.sight.before is not None:
             self.latest = {}
             self._windows.clear("restarted")
+            self.exemplars.clear()
         if self._refresh_ns is None or tick.at_ns >= self._refresh_ns:
             self._refresh_ns = tick.at_ns + REFRESH_NS
             self.latest = readings
             self._windows.take(readings)
+            self.exemplars.take(readings, self._decided, tick.sight.nonce, tick.wall_ns)
+            self._decided = None
 
     def values(self) -> list[tuple[Shown, float | Missing]]:
         """Every signal as of the last tick."""

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 from pilot_world import MemoryValve, World, policy
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 from rich.console import Console
@@ -23,7 +22,9 @@ from kvpilot.journal.store import JournalStore
 from kvpilot.journal.writer import JournalWriter
 from kvpilot.link.controls import Scope
 from kvpilot.policy_directory import PolicyDirectory
-from kvpilot.publish.prometheus import BUCKETS_S, PilotCollector, metric_name
+from kvpilot.publish.exposition import distribution
+from kvpilot.publish.families import metric_name
+from kvpilot.publish.prometheus import MetricsPage
 from kvpilot.publish.status import status
 from kvpilot.publish.terminal import render
 from kvpilot.signals import SIGNALS
@@ -42,7 +43,7 @@ def flight(world: World, folder: Path, rank: int = 0) -> Flight:
 
 def get(world: World, folder: Path, path: str, accept: str = "", method: str = "GET") -> httpx.Response:
     async def ask() -> httpx.Response:
-        app = build_app(flight(world, folder), world.clock, CollectorRegistry())
+        app = build_app(flight(world, folder), world.clock)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://pilot") as client:
             return await client.request(method, path, headers={"Accept": accept})
@@ -60,7 +61,7 @@ def samples(world: World, folder: Path) -> dict[tuple[str, frozenset[tuple[str, 
 
 
 def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
-    return name, frozenset(labels.items())
+    return name, frozenset(({"engine": "lab", "rank": "0"} | labels).items())
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_metrics_show_what_the_pilot_does(flown: World, tmp_path: Path) -> None:
     knob = {"engine": "lab", "knob": "prefill_chunk_tokens"}
     assert found[key("kvpilot_knob_value", **knob)] == 64
     assert found[key("kvpilot_knob_baseline", **knob)] == 512
-    assert found[key("kvpilot_lease_remaining_seconds", scope="all", **knob)] == 15
+    assert found[key("kvpilot_lease_remaining_seconds", scope="all", **knob)] == 14.9
     assert found[key("kvpilot_rule_state", policy="guard", rule="act", state="active")] == 1
     assert found[key("kvpilot_engine_state", engine="lab", state="live")] == 1
     decided = {"policy": "guard", "rule": "act", "knob": "prefill_chunk_tokens", "verdict": "applied"}
@@ -150,29 +151,23 @@ def test_names_keep_the_rules() -> None:
 
 def test_exported_buckets_hold_what_lies_below_them() -> None:
     from kvpilot.link.histogram import BUCKETS, HistogramSnapshot, bucket_index
-    from kvpilot.publish.prometheus import _buckets
 
     durations = [0.0004, 0.0022, 0.026, 0.048, 0.3, 7.0, 500.0]
     counts = [0] * BUCKETS
     for duration_s in durations:
         counts[bucket_index(round(duration_s * NS))] += 1
-    pairs = dict(_buckets(HistogramSnapshot(counts, 0)))
-    for bound in BUCKETS_S:
-        assert pairs[str(bound)] == sum(duration_s <= bound for duration_s in durations)
-    assert pairs["+Inf"] == len(durations)
+    exported = distribution(HistogramSnapshot(counts, 0))
+    for bound, count in zip(exported.bounds, exported.counts, strict=False):
+        assert count == sum(duration_s <= bound for duration_s in durations)
+    assert exported.counts[-1] == len(durations)
 
 
-def test_a_pilot_of_another_rank_labels_everything_with_it(flown: World, tmp_path: Path) -> None:
-    collector = PilotCollector(flight(flown, tmp_path, rank=3))
-    labels = [sample.labels for family in collector.collect() for sample in family.samples]
+def test_every_series_carries_engine_and_rank(flown: World, tmp_path: Path) -> None:
+    page, _ = MetricsPage(flight(flown, tmp_path, rank=3)).answer("")
+    labels = [sample.labels for family in parse(page.decode()) for sample in family.samples]
     assert len(labels) > 100
-    assert all(each["rank"] == "3" for each in labels)
-    assert not any("rank" in dict(labels) for _, labels in samples(flown, tmp_path))
-    # An exposition takes what was collected once more through its own format.
-    registry = CollectorRegistry()
-    registry.register(collector)
-    text = generate_latest(registry).decode()
-    assert 'kvpilot_engine_state{engine="lab",rank="3",state="live"} 1.0' in text
+    assert all((each["engine"], each["rank"]) == ("lab", "3") for each in labels)
+    assert all(dict(labels)["rank"] == "0" for _, labels in samples(flown, tmp_path))
     described = status(flight(flown, tmp_path, rank=3))
     assert "lab rank 3: live" in rendered(described)
 
