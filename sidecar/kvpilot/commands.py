@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from kvpilot import policy_commands
+from kvpilot.calibrate import calibrate
 from kvpilot.plan import plan
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ app.command()(policy_commands.schema)
 app.command()(policy_commands.signals)
 app.command()(policy_commands.knobs)
 app.command()(plan)
+app.command()(calibrate)
 
 
 @app.command()
