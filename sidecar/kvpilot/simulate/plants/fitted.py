@@ -105,7 +105,7 @@ def read(path: Path) -> Law:
 
 
 def _law(raw: Mapping[str, Any]) -> Law:
-    fidelity = {
+    fidelity: dict[str, Any] = {
         name: None if error is None else Error(**error) for name, error in dict(raw["fidelity"]).items()
     }
     terms = {str(name): float(seconds) for name, seconds in raw["terms"].items()}
