@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvengine.errors import DeviceOutOfMemory
+from kvengine.kv.eviction.policy import Offer
 from kvengine.request import Request
 from kvengine.sched.admission import Limits, refusal
 from kvengine.sched.batch import Batch, Slice, SliceResult
@@ -79,6 +80,7 @@ class Core:
         eos: frozenset[int],
         lengths: LengthPredictor,
         clock: Clock,
+        offer: Offer | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.totals = Totals()
@@ -89,10 +91,13 @@ class Core:
         self._eos = eos
         self._lengths = lengths
         self._clock = clock
+        self._offer = offer or Offer(scheduler.block_size)
 
     def accept(self, request: Request) -> str | None:
         """Queue a request, or say in one line why it can never be served."""
         reason = refusal(len(request.prompt), request.sampling.max_tokens, self._limits)
+        if reason is None and request.eviction is not None:
+            reason = self._offer.refusal(request.eviction)
         family = [request, *request.forks]
         if reason is not None:
             for _ in family:
@@ -150,6 +155,7 @@ class Core:
             again = min(request.recompute_until, item.start + item.count) - item.start
             self.totals.recomputed_tokens += again
         request.computed += item.count + result.accepted
+        request.block_mass = result.block_mass
         if not item.samples:
             self.scheduler.tables.register(request)
             return

@@ -4,13 +4,16 @@ The scheduler's block tables own `blocks`, `computed` and what follows from the 
 `tokens` and the times, the executor touches `draft_computed` only. `tokens` only ever grows: preemption
 throws away computed positions, never a token.
 
-Invariants between steps: `computed <= len(tokens) - 1` once anything was emitted, `blocks` covers `computed`
-positions, and `draft_computed <= computed`.
+Invariants between steps: `computed <= len(tokens) - 1` once anything was emitted, `blocks` covers
+`computed - evicted` positions, and `draft_computed <= computed`.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from kvengine.kv.eviction.policy import Eviction
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Request:
     """What beside the model computes it; a part of its prefix namespace."""
     pin: bool = False
     """Whether its blocks stay in the prefix cache for good once it ends."""
+    eviction: Eviction | None = None
+    """How it gives up KV while it runs; None: it never does."""
 
     tokens: list[int] = field(init=False)
     """Prompt, then everything emitted."""
@@ -52,11 +57,17 @@ class Request:
     parent: "Request | None" = None
     """Of a fork, until it begins."""
     blocks: list[int] = field(default_factory=list)
-    """Block table: block `i` holds positions `i * block_size * packing` and on."""
+    """Block table: block `i` holds positions `i * block_size * packing` and on, after those evicted."""
     packing: int = 1
     """How many of its tokens lie where one of the pool's own precision would; given when it is admitted."""
     computed: int = 0
     """Positions whose KV is valid in the target's pool."""
+    evicted: int = 0
+    """Of them, those whose KV was given up again: whole blocks, so later ones keep their place in one."""
+    rotated: int = 0
+    """How many positions its sinks have been moved on by; the executor's."""
+    block_mass: Sequence[float] = ()
+    """Attention that each block of the table has drawn, where its eviction asks for that."""
     draft_computed: int = 0
     """The same in the draft model's pool."""
     registered: int = 0
@@ -90,6 +101,11 @@ class Request:
         self.forks = forks
         for fork in forks:
             fork.parent = self
+
+    @property
+    def stored(self) -> int:
+        """Positions whose KV it holds."""
+        return self.computed - self.evicted
 
     @property
     def output_count(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvkernels.attention import Part
 from kvkernels.codec import Gather, encode, encode_rows, fetched_scale
 from kvkernels.cpu import DecodeGroup, grouped
-from kvkernels.geometry import Geometry, Span
+from kvkernels.geometry import TILE_ROWS, Geometry, Span
 from kvkernels.precision import FP32, Precision
 from kvkernels.scratch import Scratch, indices
 from kvkernels.tiled import TiledSpan
@@ -62,7 +62,9 @@ def accumulate(
     precision: Precision,
     scales: Tensor | None,
 ) -> None:
-    """One span at a time: a second pass over K, as no attention on a CPU gives its weights away."""
+    """One span at a time: a second pass over K, as no attention on a CPU gives its weights away. A tile of
+    its rows at a time, so that weights stay small.
+    """
     kv_heads, dim = geometry.kv_heads, geometry.head_dim
     factor = dim**-0.5 * fetched_scale(precision)
     for span in spans:
@@ -72,11 +74,14 @@ def accumulate(
         keys = gather.floats.view(-1, 2, kv_heads, dim)[: span.context, 0]
         rows = query[span.first_row : span.first_row + span.count].unflatten(1, (kv_heads, -1))
         rows = rows * factor if scales is None else rows * (scales[0] * factor)
-        scores = torch.einsum("rhgd,phd->hgrp", rows, keys)
-        if span.count > 1:
-            positions = torch.arange(span.context, device=query.device)
-            scores.masked_fill_(positions > positions[span.start :].unsqueeze(1), float("-inf"))
-        drawn = scores.softmax(-1).sum((1, 2))
+        drawn = torch.zeros(kv_heads, span.context, device=query.device)
+        for at in range(0, span.count, TILE_ROWS):
+            some = rows[at : at + TILE_ROWS]
+            seen = span.start + at + len(some)
+            scores = torch.einsum("rhgd,phd->hgrp", some, keys[:seen])
+            if len(some) > 1:
+                scores += scratch.causal(span.start + at, len(some))
+            drawn[:, :seen] += scores.softmax(-1).sum((1, 2))
         slots = Span(0, span.context, span.context, span.blocks).slots(geometry.block_size)
         mass.index_add_(0, indices(slots, query.device), drawn.T)
 

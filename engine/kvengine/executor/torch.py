@@ -13,6 +13,9 @@ from torch import Tensor
 from kvengine.errors import DeviceOutOfMemory, StartError
 from kvengine.executor import emission
 from kvengine.executor.cuda_memory import CudaMemory
+from kvengine.kv.eviction.choose import sink_blocks
+from kvengine.kv.eviction.mass import Mass
+from kvengine.kv.eviction.policy import STREAMING
 from kvengine.kv.plan import StepSize
 from kvengine.kv.precisions import FULL, Precisions
 from kvengine.kv.storage import KvStorage
@@ -29,6 +32,7 @@ class EagerExecutor:
     """Owns the models' KV and scratch memory; between steps it holds no state of any request.
 
     Drafts come from the draft model or, without one and with `ngrams`, from the text itself.
+    `heavy_hitters`: whether there is memory to score tokens by the attention they draw.
     `num_blocks` blocks of `block_size` tokens serve both models: a block id means the same tokens in either.
     """
 
@@ -42,6 +46,7 @@ class EagerExecutor:
         device: torch.device | str = "cpu",
         ngrams: bool = False,
         precisions: Precisions = FULL,
+        heavy_hitters: bool = False,
     ) -> None:
         if draft and draft.max_tokens < target.max_tokens:
             raise StartError(
@@ -52,13 +57,19 @@ class EagerExecutor:
         self._target, self._draft, self._memory = target, draft, memory
         self._ngrams = ngrams and draft is None
         self.footprint = Footprint(
-            target.config, draft.config if draft else None, block_size, target.max_tokens, precisions
+            target.config,
+            draft.config if draft else None,
+            block_size,
+            target.max_tokens,
+            precisions,
+            heavy_hitters,
         )
         try:
             memory.charge(self.footprint.resident_bytes, "weights and buffers")
             memory.charge(num_blocks * block_size * self.footprint.kv_bytes_per_token, "KV blocks")
             self._scratch = Scratch.for_geometries(self.footprint.geometries(), target.max_tokens, device)
             self._target_kv = _storage(target, num_blocks, block_size, device, precisions)
+            self._mass = Mass(self._target_kv) if heavy_hitters else None
             self._draft_kv = _storage(draft, num_blocks, block_size, device, precisions) if draft else None
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(f"at start: {error}") from error
@@ -71,6 +82,7 @@ class EagerExecutor:
             with self._memory.held(self._step_bytes(batch.slices, drafting), "a step's workspace"):
                 if batch.copies:
                     self._copy(batch.copies)
+                self._prepare(batch.slices)
                 return self._step(batch.slices, drafting)
         except torch.OutOfMemoryError as error:
             raise DeviceOutOfMemory(f"step of {batch.tokens} tokens: {error}") from error
@@ -80,6 +92,8 @@ class EagerExecutor:
         for storage in (self._target_kv, self._draft_kv):
             if storage is not None:
                 storage.copy(copies)
+        if self._mass is not None:
+            self._mass.copy(copies)
 
     def memory(self) -> MemoryReading:
         return self._memory.reading()
@@ -92,8 +106,9 @@ class EagerExecutor:
         for piece in plain:
             request, start = piece.request, piece.start
             tokens = request.tokens[start : start + piece.count]
-            spans.append(Span(tokens, start, request.blocks, int(piece.samples), request.packing))
-        logits = self._target.forward(spans, self._target_kv, self._scratch)
+            place = request.blocks, int(piece.samples), request.packing, request.evicted
+            spans.append(Span(tokens, start, *place, _scored(piece)))
+        logits = self._target.forward(spans, self._target_kv, self._scratch, self._mass)
         sampled = [piece for piece in plain if piece.samples]
         results: dict[int, SliceResult] = {}
         if proposal:
@@ -101,7 +116,30 @@ class EagerExecutor:
         if sampled:
             rows = logits[logits.shape[0] - len(sampled) :]
             results |= emission.sampled(rows, sampled)
-        return [results.get(id(piece)) or SliceResult([]) for piece in slices]
+        done = [results.get(id(piece)) or SliceResult([]) for piece in slices]
+        if self._mass is not None:
+            self._weigh(slices, done, self._mass)
+        return done
+
+    def _weigh(self, slices: Sequence[Slice], results: list[SliceResult], mass: Mass) -> None:
+        """What each block has drawn of attention, for those who evict by it."""
+        for piece, result in zip(slices, results, strict=True):
+            if _scored(piece):
+                tokens = piece.start + piece.count - piece.request.evicted
+                blocks = piece.request.blocks[: self._target_kv.geometry.blocks_for(tokens)]
+                result.block_mass = mass.of_blocks(blocks, tokens)
+
+    def _prepare(self, slices: Sequence[Slice]) -> None:
+        """What requests that give up KV need before they are computed."""
+        for piece in slices:
+            request, eviction = piece.request, piece.request.eviction
+            if eviction is None:
+                continue
+            if eviction.policy == STREAMING and request.rotated < request.evicted:
+                sinks = request.blocks[: sink_blocks(eviction, self._target_kv.geometry.block_size)]
+                delta = request.evicted - request.rotated
+                self._target_kv.turn(sinks, self._target.rotation(delta))
+                request.rotated = request.evicted
 
     def _propose(self, drafting: list[Slice]) -> Proposal:
         requests = [piece.request for piece in drafting]
@@ -142,7 +180,13 @@ class EagerExecutor:
                 rows += outputs
                 drawn += emission.draws(piece.request) * outputs
         behind = sum(len(piece.request.tokens) - piece.request.draft_computed for piece in drafting)
-        return self.footprint.step_bytes(StepSize(tokens, rows, drawn, context), len(drafting), behind)
+        scored = self._mass is not None and any(_scored(piece) for piece in slices)
+        size = StepSize(tokens, rows, drawn, context)
+        return self.footprint.step_bytes(size, len(drafting), behind, scored)
+
+
+def _scored(piece: Slice) -> bool:
+    return piece.request.eviction is not None and piece.request.eviction.scored
 
 
 def _draft_spans(drafting: list[Slice], proposal: Proposal) -> list[Span]:
@@ -154,6 +198,7 @@ def _draft_spans(drafting: list[Slice], proposal: Proposal) -> list[Span]:
             piece.request.blocks,
             count + 1,
             piece.request.packing,
+            piece.request.evicted,
         )
         for piece, tokens, count in zip(drafting, proposal.tokens.tolist(), proposal.counts, strict=True)
     ]

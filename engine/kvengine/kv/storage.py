@@ -76,6 +76,19 @@ class KvStorage:
         """Blocks that hold, or held last, tokens of this packing. O(blocks)."""
         return [block for block, one in enumerate(self._packings) if one == packing]
 
+    def turn(self, blocks: Sequence[int], rotation: Tensor) -> None:
+        """Move the keys of blocks at the pool's own precision, which stores values, to other positions.
+
+        `rotation` [head_dim / 2], complex, is how far. In bf16 each move rounds once more.
+        """
+        own, geometry = self.at(1), self.geometry
+        rows = torch.tensor(list(blocks), device=self._memory[0].device)
+        for layer in own.blocks:
+            tokens = layer.index_select(0, rows).float()
+            keys = tokens.view(-1, 2, geometry.kv_heads, geometry.head_dim // 2, 2)[:, 0]
+            torch.view_as_complex(keys).mul_(rotation)
+            layer.index_copy_(0, rows, tokens.to(layer.dtype))
+
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination): as if all were read, then all written."""
         for layer in self._memory:

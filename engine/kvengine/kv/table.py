@@ -9,13 +9,26 @@ holders is about to write it, and only then. O(blocks concerned).
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvengine.kv.pool import BlockPool
 from kvengine.kv.tree import PrefixTree
 from kvengine.request import Request
 
 log = logging.getLogger(__name__)
+
+_FORKED = (
+    "packing",
+    "computed",
+    "evicted",
+    "rotated",
+    "block_mass",
+    "draft_computed",
+    "registered",
+    "draft_registered",
+    "anchor",
+)
+"""What a fork begins with, beside the blocks."""
 
 
 def blocks_for(positions: int, block_size: int) -> int:
@@ -34,11 +47,12 @@ class BlockTables:
         """Destination -> source of the blocks to copy before the next step writes."""
         self.queried_tokens_total = 0
         self.hit_tokens_total = 0
+        self.evicted_tokens_total = 0
 
     def adopt(self, request: Request) -> None:
         """Begin an empty table with the cached prefix of its tokens, all but the last of them at most."""
         tree = self.tree
-        if tree is None:
+        if tree is None or (request.eviction is not None and request.eviction.alone):
             return
         namespace = tree.namespace(request.tenant, request.adapter, request.packing)
         blocks, request.anchor = tree.match(namespace, request.tokens, self._reusable(request))
@@ -55,7 +69,7 @@ class BlockTables:
 
     def held_already(self, request: Request) -> int:
         """Blocks of a waiting request's prefix that others hold: admitting it does not take them."""
-        if self.tree is None:
+        if self.tree is None or (request.eviction is not None and request.eviction.alone):
             return 0
         namespace = self.tree.namespace(request.tenant, request.adapter, request.packing)
         blocks, _parent = self.tree.match(namespace, request.tokens, self._reusable(request))
@@ -66,7 +80,8 @@ class BlockTables:
 
         False, and nothing changed, if the pool cannot.
         """
-        missing = -(-positions // (self.block_size * request.packing)) - len(request.blocks)
+        stored = positions - request.evicted
+        missing = -(-stored // (self.block_size * request.packing)) - len(request.blocks)
         if request.tail_shared:
             return self._cover_own(request, missing)
         if missing <= 0:
@@ -79,7 +94,8 @@ class BlockTables:
 
     def reach(self, request: Request) -> int:
         """The most positions that `cover` could make this table cover now."""
-        return (len(request.blocks) + self.pool.available) * self.tokens_in_block(request)
+        blocks = len(request.blocks) + self.pool.available
+        return blocks * self.tokens_in_block(request) + request.evicted
 
     def tokens_in_block(self, request: Request) -> int:
         """What one block holds of this request."""
@@ -112,9 +128,33 @@ class BlockTables:
         """Let `other`, which has the same tokens so far, begin with the same blocks."""
         self.pool.retain(request.blocks)
         other.blocks = list(request.blocks)
-        for name in ("packing", "computed", "draft_computed", "registered", "draft_registered", "anchor"):
+        for name in _FORKED:
             setattr(other, name, getattr(request, name))
         request.tail_shared = other.tail_shared = True
+
+    def alone(self, block: int) -> bool:
+        """Whether one request holds it, and nobody else: no other one, no pin."""
+        return self.pool.references[block] == 1
+
+    def evict(self, request: Request, numbers: Sequence[int]) -> None:
+        """Give up the blocks of these entries of the table, ascending, full and `alone`; others move up.
+
+        The first of them leaves the prefix tree with all below it, and nothing of this request enters the
+        tree any more: what it computes from here on does not follow from its whole text.
+        """
+        first, blocks = numbers[0], request.blocks
+        if self.tree is not None and first < request.registered:
+            self.tree.drop(blocks[first])
+        self.pool.release([blocks[number] for number in numbers])
+        gone = set(numbers)
+        request.blocks = [block for number, block in enumerate(blocks) if number not in gone]
+        request.block_mass = [mass for number, mass in enumerate(request.block_mass) if number not in gone]
+        request.registered = min(request.registered, first)
+        request.draft_registered = min(request.draft_registered, first)
+        request.anchor = None
+        tokens = len(numbers) * self.tokens_in_block(request)
+        request.evicted += tokens
+        self.evicted_tokens_total += tokens
 
     def clear(self, request: Request) -> None:
         """Give every block back: the request has no valid KV any more."""
@@ -128,8 +168,8 @@ class BlockTables:
             if request.pin and not self.tree.pin(blocks[:known]):
                 log.warning("not pinned: %d blocks are over the limit of the pinned share", known)
             self._release_known(self.tree, blocks[:known])
-        request.blocks = []
-        request.computed = request.registered = 0
+        request.blocks, request.block_mass = [], ()
+        request.computed = request.registered = request.evicted = request.rotated = 0
         request.draft_computed = request.draft_registered = 0
         request.anchor, request.tail_shared = None, False
 
@@ -149,7 +189,7 @@ class BlockTables:
 
     def _cover_own(self, request: Request, missing: int) -> bool:
         """`cover` for a table whose block at `computed` may have other holders."""
-        number, blocks = request.computed // self.tokens_in_block(request), request.blocks
+        number, blocks = request.stored // self.tokens_in_block(request), request.blocks
         shared = number < len(blocks) and self.pool.references[blocks[number]] > 1
         added = self.pool.allocate(max(missing, 0) + shared)
         if added is None:

@@ -9,10 +9,20 @@ from dataclasses import dataclass
 from kvengine.kv.plan import StepMemory, StepSize
 from kvengine.kv.precisions import FULL, Precisions, scale_bytes
 from kvengine.model.config import INDEX_BYTES, ModelConfig
-from kvkernels.geometry import CODE_BYTES, FLOAT_BYTES, Geometry, mask_floats, scratch_floats
+from kvkernels.geometry import (
+    CODE_BYTES,
+    FLOAT_BYTES,
+    TILE_ROWS,
+    Geometry,
+    mask_floats,
+    scratch_floats,
+)
 
 DRAFT_CATCH_UP_TOKENS = 512
 """The most that a draft computes in one pass, unless two tokens a sequence are more; see `spec.draft`."""
+
+_SCORING_COPIES = 3
+"""Of a tile's attention weights, alive at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +34,19 @@ class Footprint:
     block_size: int
     max_model_len: int
     precisions: Precisions = FULL
+    heavy_hitters: bool = False
+    """Whether tokens can be scored by the attention that they draw."""
 
     @property
     def kv_bytes_per_token(self) -> int:
         """At the pool's own precision; a token stored smaller takes that much less."""
         floats = sum(config.kv_bytes_per_token for config in self._models())
         return floats * self.precisions.own.bits // 32
+
+    @property
+    def score_bytes_per_token(self) -> int:
+        """Beside its KV: one number a layer and KV head of the target."""
+        return self.target.layers * self.target.kv_heads * FLOAT_BYTES if self.heavy_hitters else 0
 
     @property
     def weights_bytes(self) -> int:
@@ -56,12 +73,16 @@ class Footprint:
         """Of the target: its bytes a token are what a larger chunk costs."""
         return self.target.step_memory
 
-    def step_bytes(self, size: StepSize, drafting: int, behind: int) -> int:
+    def step_bytes(self, size: StepSize, drafting: int, behind: int, scored: bool = False) -> int:
         """A step of `size` for the target, and before it the draft for `drafting` sequences.
 
-        `behind` tokens are missing from the draft's KV. The two models run one after the other.
+        `behind` tokens are missing from the draft's KV. The two models run one after the other. `scored`:
+        whether attention is computed once more for its weights.
         """
         target_bytes = self.target.step_memory.step_bytes(size)
+        if scored:
+            weights = TILE_ROWS * self.target.heads * self.max_model_len
+            target_bytes += (_SCORING_COPIES * weights + self.target.query_width * size.tokens) * FLOAT_BYTES
         if self.draft is None or not drafting:
             return target_bytes
         draft_tokens = min(behind, max(DRAFT_CATCH_UP_TOKENS, 2 * drafting))
@@ -73,7 +94,8 @@ class Footprint:
         rows = min(step_tokens, running * (1 + drafts))
         size = StepSize(step_tokens, rows, 2 * rows, min(running, step_tokens) * self.max_model_len)
         # What the draft lacks has nothing to do with the step's tokens: whole contexts, at the worst.
-        return self.step_bytes(size, running if drafts else 0, running * self.max_model_len)
+        behind = running * self.max_model_len
+        return self.step_bytes(size, running if drafts else 0, behind, self.heavy_hitters)
 
     def geometries(self) -> list[Geometry]:
         return [

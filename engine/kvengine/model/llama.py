@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from kvengine.kv.eviction.mass import Mass
 from kvengine.kv.storage import KvStorage
 from kvengine.model.config import ModelConfig
 from kvengine.model.weights import LlamaWeights
@@ -29,7 +30,9 @@ from kvkernels.scratch import Scratch, indices
 class Span:
     """`tokens` at positions `start` and on of the sequence whose KV lies in `blocks` (which must cover them).
 
-    `logits`: how many of its last positions' logits are wanted. `packing`: see `kv.precisions`.
+    `logits`: how many of its last positions' logits are wanted. `packing`: see `kv.precisions`. `evicted`:
+    how many of the positions before `start` are not stored any more. `scored`: whether to add up what
+    attention each stored token draws.
     """
 
     tokens: Sequence[int]
@@ -37,6 +40,8 @@ class Span:
     blocks: Sequence[int]
     logits: int = 1
     packing: int = 1
+    evicted: int = 0
+    scored: bool = False
 
 
 class Llama:
@@ -53,8 +58,13 @@ class Llama:
     def geometry(self, block_size: int) -> Geometry:
         return Geometry(self.config.heads, self.config.kv_heads, self.config.head_dim, block_size)
 
-    def forward(self, spans: Sequence[Span], storage: KvStorage, scratch: Scratch) -> Tensor:
-        """Logits [sum of `logits`, vocab], in the order of `spans`. Writes the spans' KV into `storage`."""
+    def forward(
+        self, spans: Sequence[Span], storage: KvStorage, scratch: Scratch, mass: Mass | None = None
+    ) -> Tensor:
+        """Logits [sum of `logits`, vocab], in the order of `spans`. Writes the spans' KV into `storage`.
+
+        `mass` is there if any span is scored.
+        """
         rows = _Rows(spans, storage.geometry)
         work = self.workspace(len(rows.tokens), len(rows.wanted))
         columns = indices(rows.tokens + rows.positions + rows.slots, self._device)
@@ -66,14 +76,20 @@ class Llama:
             paged = attention.PagedAttention(
                 part.spans, stored.geometry, scratch, work.query, work.mixed_heads, stored.precision
             )
-            parts.append((stored, slots[mine], work.new_kv[mine], paged))
+            parts.append((stored, slots[mine], work.new_kv[mine], paged, part.scored))
 
         def attend(layer: int) -> None:
-            for stored, slots, new_kv, paged in parts:
+            for stored, slots, new_kv, paged, scored in parts:
                 stored.write(layer, slots, new_kv, scratch)
+                if scored and mass is not None:
+                    mass.add(layer, work.query, stored, scored, scratch)
                 paged.attend(stored.blocks[layer], stored.scales(layer))
 
         return self.run(work, tokens, positions, rows.wanted, attend)
+
+    def rotation(self, positions: int) -> Tensor:
+        """What moves a key that many positions on: [head_dim / 2], complex."""
+        return torch.view_as_complex(self._rotations[positions].view(-1, 2))
 
     def workspace(self, rows: int, wanted: int) -> Workspace:
         """For a pass over `rows` tokens that wants `wanted` rows of logits."""
@@ -135,6 +151,7 @@ class _Part:
     spans: list[AttentionSpan] = field(default_factory=list)
     touched: list[int] = field(default_factory=list)
     """Blocks that are written."""
+    scored: list[AttentionSpan] = field(default_factory=list)
 
 
 class _Rows:
@@ -146,28 +163,32 @@ class _Rows:
 
     def __init__(self, spans: Sequence[Span], geometry: Geometry) -> None:
         order = sorted(
-            (span.packing, len(span.tokens) > 1, span.start, number) for number, span in enumerate(spans)
+            (span.packing, len(span.tokens) > 1, span.start - span.evicted, number)
+            for number, span in enumerate(spans)
         )
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.parts: dict[int, _Part] = {}
         ends = [0] * len(spans)
-        for packing, several, start, number in order:
+        for packing, several, place, number in order:
             span, block_size = spans[number], geometry.block_size * packing
+            start = span.start
             end, blocks = start + len(span.tokens), span.blocks
-            placed = AttentionSpan(len(self.tokens), end - start, end, blocks)
+            placed = AttentionSpan(len(self.tokens), end - start, end - span.evicted, blocks)
             part = self.parts.get(packing) or self.parts.setdefault(packing, _Part(len(self.tokens)))
             part.spans.append(placed)
+            if span.scored:
+                part.scored.append(placed)
             self.tokens += span.tokens
             if several:
                 self.positions += range(start, end)
                 self.slots += placed.slots(block_size)
-                part.touched += blocks[start // block_size : -(-end // block_size)]
+                part.touched += blocks[place // block_size : -(-placed.context // block_size)]
             else:
-                block = blocks[start // block_size]
+                block = blocks[place // block_size]
                 self.positions.append(start)
-                self.slots.append(block * block_size + start % block_size)
+                self.slots.append(block * block_size + place % block_size)
                 part.touched.append(block)
             ends[number] = part.end = len(self.tokens)
         self.wanted = [

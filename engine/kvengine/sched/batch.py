@@ -35,6 +35,8 @@ class SliceResult:
     """One token for each of the request's forks, if it sampled and has any."""
     logprobs: Sequence[float] = ()
     """Of the token, then of those of the forks, where the request asks for scores."""
+    block_mass: Sequence[float] = ()
+    """Attention that each block has drawn, where the request evicts by it."""
 
 
 @dataclass(slots=True)
@@ -60,8 +62,8 @@ class Batch:
                 self.decode_sequences += 1
                 self.tokens += 1 + item.drafts
                 self.drafted_tokens += item.drafts
-                self.context_tokens += item.start + 1 + item.drafts
+                self.context_tokens += item.start - item.request.evicted + 1 + item.drafts
             else:
                 self.tokens += item.count
                 self.prefill_tokens += item.count
-                self.chunk_positions += item.count * (item.start + item.count)
+                self.chunk_positions += item.count * (item.start - item.request.evicted + item.count)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 
+from kvengine.kv.eviction.relieve import packing_of, relieve
 from kvengine.kv.pool import BlockPool
 from kvengine.kv.precisions import FULL, Precisions
 from kvengine.kv.table import BlockTables, blocks_for
@@ -44,6 +45,8 @@ class Knobs:
     admission_watermark: float
     kv_element_bits: float | None = None
     """None: the pool's own."""
+    kv_kept_ratio: float = 1.0
+    """Of the tokens of requests that opted in to eviction."""
 
 
 class Scheduler:
@@ -104,6 +107,7 @@ class Scheduler:
         self._slices = []
         self._budget_left = knobs.step_token_budget
         self._prefill_left = knobs.prefill_chunk_tokens
+        self._evict(knobs.kv_kept_ratio)
         self._schedule_decodes(knobs.speculative_tokens)
         self._schedule_prompts()
         self._cover_drafts()
@@ -125,8 +129,14 @@ class Scheduler:
         for request in self.running:
             assert request.blocks, f"request {request.id} runs without a block"
             covered = len(request.blocks) * self.tables.tokens_in_block(request)
-            assert request.computed <= covered, f"request {request.id}: {covered} positions are covered"
+            assert request.stored <= covered, f"request {request.id}: {covered} positions are covered"
         assert self.running == sorted(self.running, key=_rank), "running is out of order"
+
+    def _evict(self, ratio: float) -> None:
+        """First of all, so that nobody is preempted for blocks that others have agreed to give up."""
+        for request in self.running:
+            if request.eviction is not None:
+                relieve(self.tables, request, ratio)
 
     def _schedule_decodes(self, speculative_tokens: int) -> None:
         decodes = [request for request in self.running if _decoding(request)]
@@ -148,7 +158,8 @@ class Scheduler:
                     break
             else:
                 # One token comes out whatever is drafted: drafts past the last token would be waste.
-                wanted = 0 if request.sampling.scored else min(drafts, request.output_left - 1)
+                alone = request.sampling.scored or request.eviction is not None
+                wanted = 0 if alone else min(drafts, request.output_left - 1)
                 self._serve(Slice(request, request.computed, 1, wanted, samples=True, decode=True))
 
     def _spare_for_drafts(self, decodes: int) -> int:
@@ -194,7 +205,7 @@ class Scheduler:
         # is no free one; so blocks in use are all that is promised.
         while self.waiting and self._budget_left and self._prefill_left:
             head = self.waiting.head
-            head.packing = self.precisions.packing(knobs.kv_element_bits)
+            head.packing = packing_of(head, self.precisions, knobs.kv_element_bits)
             if not self._below_cap(head, knobs.max_running):
                 return
             if not self._fits(head, knobs.admission_watermark):

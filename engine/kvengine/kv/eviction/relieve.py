@@ -1,0 +1,30 @@
+"""Eviction at a step boundary: from a request, its scores and the knob to blocks that are free. No torch."""
+
+from kvengine.kv.eviction.choose import budget, surplus
+from kvengine.kv.precisions import Precisions
+from kvengine.kv.table import BlockTables
+from kvengine.request import Request
+
+
+def relieve(tables: BlockTables, request: Request, ratio: float) -> None:
+    """Give up what the request keeps too much of, as far as that is its own. O(its blocks).
+
+    Only full blocks go: the one that is being filled counts as recent.
+    """
+    eviction = request.eviction
+    assert eviction is not None
+    size = tables.tokens_in_block(request)
+    kept = budget(eviction, request.computed, size, ratio)
+    filled = -(-request.stored // size)
+    if kept is None or filled <= kept.total:
+        return
+    going = surplus(eviction, kept, request.blocks[:filled], tables.alone, request.block_mass)
+    if going:
+        tables.evict(request, going)
+
+
+def packing_of(request: Request, precisions: Precisions, bits: float | None) -> int:
+    """How it is stored. What is scored or rotated stays at the pool's own precision: see docs/eviction.md."""
+    if request.eviction is not None and request.eviction.alone:
+        return 1
+    return precisions.packing(bits)
