@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from kvpilot import policy_commands
+from kvpilot import policy_commands, simulate_commands
 from kvpilot.calibrate import calibrate
 from kvpilot.plan import plan
 
@@ -74,6 +74,7 @@ app.command()(policy_commands.schema)
 app.command()(policy_commands.signals)
 app.command()(policy_commands.knobs)
 app.command()(plan)
+app.command()(simulate_commands.simulate)
 app.command()(calibrate)
 
 
