@@ -50,8 +50,8 @@ HOST_EVERY_NS = NS // 10
 """How old a reading of the machine's memory may be while steps run."""
 
 CONTROLS_EVERY_NS = NS // 50
-"""How old a reading of the controls may be while steps run: a fifth of a pilot's tick. In a real engine, which
-finds its caches cold at every step, this read is the dearest thing that a hook does.
+"""How old a reading of the controls may be while steps run: a fifth of a pilot's tick. A real engine finds
+its caches cold at every step, and this read is the dearest thing that a hook does.
 """
 
 _FRACTIONAL_UNITS = ("ratio", "seconds")
