@@ -6,7 +6,7 @@ VLLM_VERSION := 0.32.0
 export VLLM_ENV ?= $(CACHE)/vllm-$(VLLM_VERSION)
 VLLM_TOOLS := $(CACHE)/vllm-test-tools
 
-.PHONY: demo test test-vllm vllm check docs bench clean
+.PHONY: demo test test-vllm vllm check docs bench dashboards dashboards-look clean
 
 demo: .venv/engine
 	$(BIN)/kvpilot demo $(DEMO)
@@ -62,6 +62,11 @@ $(VLLM_TOOLS)/.ready: | $(VLLM_ENV)/.ready
 	$(VLLM_ENV)/bin/python -m pip install --quiet --upgrade --target $(VLLM_TOOLS) \
 	  pytest pytest-timeout hypothesis
 	touch $@
+
+# The committed dashboards from their sources; then everything that holds without a live engine.
+dashboards: .venv/dev
+	PYTHONPATH=dashboards $(BIN)/python -m kvboards.generate
+	$(BIN)/python -m pytest -q tests/unit/dashboards $(PYTEST)
 
 clean:
 	rm -rf .venv dist build

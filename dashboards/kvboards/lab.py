@@ -1,0 +1,183 @@
+"""A live engine and pilot under load with a real Prometheus beside them: what dashboards are held to.
+
+The shipped model, two classes, four tenants, targets tight enough that rules act on any machine, and one rule
+that is always shadowed, so that every part of every dashboard has something to show within seconds.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from kvengine.model.domains import prompt
+from kvpilot.clock import NS, SystemClock
+from kvpilot.demo.processes import Process, free_port
+from kvpilot.link.place import ENVIRON_CONTROLS, ENVIRON_ENGINE, ENVIRON_TELEMETRY
+from kvpilot.workload import generator
+from kvpilot.workload.arrival import Arrival, Speed
+from kvpilot.workload.client import CALLER_HEADER, Clients, Patience
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE, MODEL, CLUSTER = "lab", "kvpilot-tiny", "lab"
+CLASSES = {"batch": 0, "interactive": 1}
+TENANTS = sorted({tenant for mix in generator.CLASSES for tenant, _ in mix.tenants})
+SPEED = Speed(6_000.0, 900.0)
+"""Of a small machine; a faster one is offered less than it can do, which shows as much."""
+SHADOWED = """\
+apiVersion: kvpilot.dev/v1alpha1
+kind: Policy
+metadata: {name: rehearsal}
+spec:
+  mode: shadow
+  inputs:
+    running: {signal: requests_running}
+  rules:
+    - name: smaller-chunk
+      when: running > 3.0
+      until: running < 2.0
+      keepFor: 500ms
+      do: [{knob: prefill_chunk_tokens, set: 64}]
+"""
+SMALL_TARGETS = {"ttft": 0.4, "itl": 0.012}
+"""Seconds; below what any small machine keeps in a burst, so that the latency rules act."""
+
+
+class Lab:
+    """Everything that runs; `url` is Prometheus's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clock = SystemClock()
+        self.engine_port, self.pilot_port, self.prometheus_port = free_port(), free_port(), free_port()
+        self.environ = {
+            ENVIRON_TELEMETRY: str(folder / "telemetry"),
+            ENVIRON_CONTROLS: str(folder / "controls"),
+            ENVIRON_ENGINE: ENGINE,
+            "KVPILOT_CALLERS": str(folder / "callers.json"),
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.prometheus_port}"
+
+    @property
+    def pilot_url(self) -> str:
+        return f"http://127.0.0.1:{self.pilot_port}"
+
+    def write(self) -> None:
+        """The configuration of all three."""
+        for name in ("telemetry", "controls", "policies"):
+            (self.folder / name).mkdir(mode=0o750)
+        callers = {"classes": CLASSES, "default": "batch", "header": CALLER_HEADER, "tenants": TENANTS}
+        (self.folder / "callers.json").write_text(json.dumps(callers))
+        for policy in (ROOT / "policies").glob("*.yaml"):
+            (self.folder / "policies" / policy.name).write_text(policy.read_text())
+        (self.folder / "policies" / "rehearsal.yaml").write_text(SHADOWED)
+        pilot = {
+            "callers": "callers.json",
+            "policies": "policies",
+            "classes": [{"name": name, **SMALL_TARGETS} for name in CLASSES],
+            "arm": {"after": 0, "finished": 0},
+            "api": {"port": self.pilot_port},
+            "journal": "journal.db",
+            "socket": "pilot.sock",
+        }
+        (self.folder / "kvpilot.yaml").write_text(yaml.safe_dump(pilot, sort_keys=False))
+        rules = ROOT / "dashboards" / "prometheus"
+        prometheus = {
+            "global": {
+                "scrape_interval": "1s",
+                "evaluation_interval": "1s",
+                "external_labels": {"cluster": CLUSTER},
+            },
+            "rule_files": [str(rules / "recording.yml"), str(rules / "alerts.yml")],
+            "scrape_configs": [
+                {
+                    "job_name": "kvpilot",
+                    "static_configs": [
+                        {"targets": [f"127.0.0.1:{self.pilot_port}"], "labels": {"cluster": CLUSTER}}
+                    ],
+                }
+            ],
+        }
+        (self.folder / "prometheus.yml").write_text(yaml.safe_dump(prometheus, sort_keys=False))
+
+    def processes(self) -> list[tuple[Process, str]]:
+        """Started now, each with the address that answers once it is up."""
+        folder = self.folder
+        engine = ["kvengine", "serve", "--port", str(self.engine_port), "--name", MODEL]
+        engine += ["--memory", "96MiB"]
+        pilot = ["kvpilot", "run", "--config", str(folder / "kvpilot.yaml")]
+        return [
+            (
+                Process("engine", engine, folder / "engine.log", self.environ),
+                f"http://127.0.0.1:{self.engine_port}/health",
+            ),
+            (Process("pilot", pilot, folder / "pilot.log", self.environ), f"{self.pilot_url}/healthz"),
+        ]
+
+    def arrivals(self, seconds: float, load: float) -> list[Arrival]:
+        """The demo's bursty two-class load."""
+        return generator.generate(1, seconds, load, SPEED)
+
+    async def drive(self, arrivals: Sequence[Arrival], drain_s: float = 1.0) -> None:
+        """Send every request at its time."""
+        prompts = {one.seed: prompt(one.domain, one.prompt_tokens, one.seed % 5) for one in arrivals}
+        patience = {name: Patience(15.0, 1) for name in CLASSES}
+        url = f"http://127.0.0.1:{self.engine_port}"
+        clients = Clients(url, MODEL, lambda arrival: prompts[arrival.seed], patience, self.clock)
+        await clients.run(arrivals, drain_s)
+
+    async def query(self, path: str, **parameters: Any) -> dict[str, Any]:
+        """One call of Prometheus's HTTP API. Raises httpx.HTTPError; an error answer is returned as it is."""
+        async with httpx.AsyncClient(timeout=10.0, trust_env=False) as http:
+            answer: dict[str, Any] = (await http.get(f"{self.url}/api/v1/{path}", params=parameters)).json()
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def flying(folder: Path) -> AsyncIterator[Lab]:
+    """A lab in `folder`, up and answering. Raises DemoError where something does not start."""
+    lab = Lab(folder)
+    lab.write()
+    started: list[Process] = []
+    prometheus: asyncio.subprocess.Process | None = None
+    try:
+        for process, address in lab.processes():
+            started.append(process)
+            await process.wait_until_answers(address, lab.clock, within_s=60)
+        prometheus = await _prometheus(lab)
+        yield lab
+    finally:
+        if prometheus is not None and prometheus.returncode is None:
+            prometheus.terminate()
+            await prometheus.wait()
+        for process in reversed(started):
+            await process.stop()
+
+
+async def _prometheus(lab: Lab) -> asyncio.subprocess.Process:
+    child = await asyncio.create_subprocess_exec(
+        "prometheus",
+        f"--config.file={lab.folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={lab.folder / 'tsdb'}",
+        f"--web.listen-address=127.0.0.1:{lab.prometheus_port}",
+        "--enable-feature=exemplar-storage",
+        "--log.level=warn",
+        env={**os.environ, "GOMAXPROCS": "1"},
+    )
+    deadline_ns = lab.clock.monotonic_ns() + 30 * NS
+    while lab.clock.monotonic_ns() < deadline_ns:
+        if child.returncode is not None:
+            raise RuntimeError(f"prometheus ended with {child.returncode}: is its configuration right?")
+        with contextlib.suppress(httpx.HTTPError):
+            await lab.query("status/buildinfo")
+            return child
+        await lab.clock.sleep_until(lab.clock.monotonic_ns() + NS // 10)
+    raise RuntimeError("prometheus did not answer within 30 s")
