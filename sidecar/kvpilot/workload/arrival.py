@@ -16,6 +16,10 @@ class Arrival:
     tenant: str
     domain: str
     seed: int
+    prefix: tuple[int, ...] = ()
+    """Ids of the prompt's leading blocks: prompts share the text that their equal leading ids stand for."""
+    prefix_block_tokens: int = 0
+    """Prompt tokens that one id stands for; the last id may stand for fewer, at the prompt's end."""
 
     @property
     def at_ns(self) -> int:

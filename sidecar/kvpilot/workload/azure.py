@@ -12,27 +12,16 @@ import random
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from kvpilot.workload.arrival import Arrival, Speed
 from kvpilot.workload.generator import CLASSES, ClassMix
+from kvpilot.workload.trace import TraceError as TraceError
+from kvpilot.workload.trace import TraceRow as TraceRow
 
 HEADER = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 _FITTING_SHARE = 0.99
 """Share of the rows that fit without being cut."""
-
-
-class TraceError(ValueError):
-    """The file is no such trace; the message says the line and what is wrong."""
-
-
-class TraceRow(NamedTuple):
-    """One recorded request; `at_s` counts from the first row."""
-
-    at_s: float
-    prompt_tokens: int
-    output_tokens: int
 
 
 def read_azure(path: str | Path) -> list[TraceRow]:
