@@ -15,6 +15,7 @@ from kvengine.core import Core
 from kvengine.errors import StartError
 from kvengine.executor.cuda_memory import CudaMemory
 from kvengine.executor.torch import EagerExecutor
+from kvengine.kv.eviction.policy import Offer
 from kvengine.kv.plan import Plan, plan
 from kvengine.kv.pool import BlockPool
 from kvengine.kv.tree import PrefixTree
@@ -48,12 +49,14 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
     target = ModelConfig.load(config.model)
     draft = _draft_config(config, target)
     max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
-    footprint = Footprint(target, draft, config.block_size, max_model_len, config.precisions)
+    footprint = Footprint(
+        target, draft, config.block_size, max_model_len, config.precisions, config.heavy_hitters
+    )
     drafts = config.speculative_tokens if config.speculates else 0
     memory_plan = plan(
         memory_bytes=config.memory_bytes,
         resident_bytes=footprint.resident_bytes,
-        kv_bytes_per_token=footprint.kv_bytes_per_token,
+        kv_bytes_per_token=footprint.kv_bytes_per_token + footprint.score_bytes_per_token,
         block_size=config.block_size,
         worst_step_bytes=footprint.worst_step_bytes(config.step_token_budget, config.max_running, drafts),
         kv_fraction=config.kv_fraction,
@@ -71,10 +74,13 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
         device,
         ngrams=config.drafter == "ngram",
         precisions=config.precisions,
+        heavy_hitters=config.heavy_hitters,
     )
     scheduler, limits = _scheduler(config, memory_plan, max_model_len)
     lengths = LengthPredictor(limits.tokens)
-    core = Core(scheduler, executor, limits, Tokenizer.load(config.model).eos_ids, lengths, clock)
+    core = Core(
+        scheduler, executor, limits, Tokenizer.load(config.model).eos_ids, lengths, clock, _offer(config)
+    )
     manifest = build_manifest(
         config,
         memory_plan,
@@ -85,18 +91,13 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
     )
     telemetry = Telemetry(core, executor, lengths, StepHook.open(manifest, clock=clock))
     external = (config.external, memory) if config.external else None
-    loop = EngineLoop(core, telemetry, channel, clock, external)
+    loop = EngineLoop(core, telemetry, channel, clock, external, config.evict_tenants)
     return Engine(loop, _facts(memory_plan, limits, target))
 
 
-def _scheduler(config: EngineConfig, memory_plan: Plan, max_model_len: int) -> tuple[Scheduler, Limits]:
-    pool, pinned = BlockPool(memory_plan.blocks), int(memory_plan.blocks * config.pinned_share)
-    tree = None
-    if config.prefix_cache:
-        tree = PrefixTree(pool, config.block_size, config.name, max_pinned_blocks=pinned)
-    # What may be pinned is no request's: one that needs it would wait for ever.
-    limits = Limits(max_model_len, memory_plan.kv_tokens - pinned * config.block_size)
-    return Scheduler(pool, config.block_size, len(config.classes), tree, config.precisions), limits
+def _offer(config: EngineConfig) -> Offer:
+    own = config.precisions.own
+    return Offer(config.block_size, config.heavy_hitters, own.name, not own.scaled)
 
 
 def _device(name: str) -> torch.device:

@@ -87,6 +87,13 @@ def serve(
         bool, typer.Option(help="Keep the KV of prompts for those that begin alike.")
     ] = True,
     pinned_share: Annotated[float, typer.Option(help="Share of KV that pinned prompts may keep.")] = 0.0,
+    heavy_hitters: Annotated[
+        bool, typer.Option(help="Set memory aside for requests that evict by attention: h2o, fastgen.")
+    ] = False,
+    evict_tenant: Annotated[
+        list[str] | None,
+        typer.Option(help="A tenant whose requests keep less KV under pressure; repeatable."),
+    ] = None,
     warm: Annotated[
         Path | None, typer.Option(help="Prompts to cache at the start, and again on SIGHUP; JSON lines.")
     ] = None,
@@ -106,6 +113,8 @@ def serve(
             drafter="ngram" if draft == NGRAM else "model",
             prefix_cache=prefix_cache,
             pinned_share=pinned_share,
+            heavy_hitters=heavy_hitters,
+            evict_tenants=tuple(evict_tenant or ()),
             name=name or (model.resolve().name if model else SHIPPED_NAME),
             memory_bytes=parse_bytes(memory),
             kv_fraction=kv_fraction,

@@ -57,6 +57,10 @@ class EngineConfig:
     prefix_cache: bool = True
     pinned_share: float = 0.0
     """Most of the KV pool that pinned prompts may keep; requests cannot be larger than the rest."""
+    heavy_hitters: bool = False
+    """Whether memory is set aside to score tokens, for requests that evict by attention."""
+    evict_tenants: tuple[str, ...] = ()
+    """Tenants all of whose requests give up KV when `kv_kept_ratio` asks for it."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "block_size", "step_token_budget", "max_running", "threads"):
@@ -123,6 +127,7 @@ class EngineConfig:
         values["model"] = Path(values["model"])
         values["draft"] = None if values["draft"] is None else Path(values["draft"])
         values["classes"] = tuple(values["classes"])
+        values["evict_tenants"] = tuple(values["evict_tenants"])
         if values["external"] is not None:
             values["external"] = ExternalMemory(**values["external"])
         return cls(**values)

@@ -108,10 +108,12 @@ class EngineClient:
         *,
         choices: int = 1,
         pin: bool = False,
+        eviction: Mapping[str, Any] | None = None,
     ) -> list[Generation]:
         """Send a request to the core, for one generation or more; `sampling`: the fields of SamplingParams.
 
-        `pin`: keep the prompt in the prefix cache for good. Raises GenerationError.
+        `pin`: keep the prompt in the prefix cache for good. `eviction`: the fields of Eviction. Raises
+        GenerationError.
         """
         if not self.alive:
             raise GenerationError(503, CORE_GONE)
@@ -119,7 +121,7 @@ class EngineClient:
         self._last_id += choices
         generations = [Generation(self, first + number, received_ns) for number in range(choices)]
         self._open.update((generation.id, generation) for generation in generations)
-        self._send(["add", first, prompt, sampling, level, tenant, received_ns, choices, pin])
+        self._send(["add", first, prompt, sampling, level, tenant, received_ns, choices, pin, eviction])
         if not self.alive:
             raise GenerationError(503, CORE_GONE)
         return generations

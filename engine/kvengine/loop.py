@@ -3,20 +3,23 @@
 One iteration is a *step boundary*: leases are read and expire here, arrivals and cancellations take effect
 here, and nowhere else. Nothing in it blocks on the API process, and it ends when that process does.
 
-Messages from the API process: `["add", id, prompt, sampling, level, tenant, received_ns, choices, pin]` (of
-several choices the others have the ids, and seeds, that follow), `["cancel", id]` (the client went away),
-`["stop", id]` (its text reached a stop string), `["reject", 0]` (one was refused before it came here).
+Messages from the API process: `["add", id, prompt, sampling, level, tenant, received_ns, choices, pin,
+eviction]` (of several choices the others have the ids, and seeds, that follow), `["cancel", id]` (the client
+went away), `["stop", id]` (its text reached a stop string), `["reject", 0]` (one was refused before it came
+here).
 To it: `["out", emitted_ns, [[id, tokens, finish or null, first_scheduled_ns, preemptions, logprob], ...]]`
 and `["fail", id, status, message]`.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kvengine.channel import Channel
 from kvengine.config import ExternalMemory
 from kvengine.core import Core, Step
 from kvengine.errors import ChannelClosed
+from kvengine.kv.eviction.policy import UNDER_PRESSURE, Eviction
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.scheduler import Knobs
 from kvengine.telemetry import Telemetry
@@ -44,12 +47,14 @@ class EngineLoop:
         channel: Channel,
         clock: Clock,
         external: tuple[ExternalMemory, Neighbour] | None = None,
+        evict_tenants: Sequence[str] = (),
     ) -> None:
         self._core = core
         self._telemetry = telemetry
         self._channel = channel
         self._clock = clock
         self._external = external
+        self._evict_tenants = frozenset(evict_tenants)
         self._started_ns = clock.monotonic_ns()
 
     def run(self) -> None:
@@ -101,7 +106,11 @@ class EngineLoop:
         received_ns: int,
         choices: int = 1,
         pin: bool = False,
+        eviction: dict[str, Any] | None = None,
     ) -> None:
+        evicts = Eviction.from_wire(eviction)
+        if evicts is None and tenant in self._evict_tenants:
+            evicts = UNDER_PRESSURE
         first, *others = [
             Request(
                 request_id + number,
@@ -111,6 +120,7 @@ class EngineLoop:
                 tenant,
                 received_ns,
                 pin=pin,
+                eviction=evicts,
             )
             for number in range(choices)
         ]

@@ -32,6 +32,7 @@ def build_manifest(
     max_model_len: int,
     activation_bytes_per_token: int,
     device: str,
+    device_uuids: tuple[str, ...] = (),
 ) -> Manifest:
     """The manifest of an engine that runs `config` in the memory of `plan`."""
     widest, *narrower = config.precisions.offered
@@ -57,6 +58,7 @@ def build_manifest(
             "to sequences admitted from the next step on; " + ", ".join(stored) + ", rounded down",
             granularity=4,
         ),
+        _knob("kv_kept_ratio", 0.05, 1.0, 1.0, f"to requests that opted in, {AT_STEP}", granularity=0.01),
         _knob("shed_fraction", 0.0, 1.0, 0.0, "by the valve, at the next request", granularity=0.01),
     )
     lacking = {}
@@ -81,6 +83,8 @@ def build_manifest(
         queue_order="class",
         activation_bytes_per_token=activation_bytes_per_token,
         device_memory_bytes=plan.memory_bytes,
+        device_uuids=device_uuids,
+        weights_bytes=plan.resident_bytes,
         unsupported_knobs=lacking,
         unsupported_signals={} if cached else dict.fromkeys(PREFIX_SIGNALS, "its prefix cache is off"),
     )

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kvengine.kv.eviction.policy import RECOVERY, SINK_TOKENS, Eviction
+
 MAX_STOPS = 4
 MAX_CHOICES = 128
 """OpenAI's own limit; an engine's is what it runs at once, if that is less."""
@@ -48,6 +50,28 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class EvictBody(BaseModel):
+    """How a request gives up KV, in tokens; see docs/eviction.md."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    policy: str
+    sink: int = SINK_TOKENS
+    recent: int | None = None
+    heavy: int = 0
+    by_head: bool = False
+    recovery: float = RECOVERY
+
+    @model_validator(mode="after")
+    def _means_something(self) -> "EvictBody":
+        assert self.eviction
+        return self
+
+    @property
+    def eviction(self) -> Eviction:
+        return Eviction(**self.model_dump())
+
+
 class Body(BaseModel):
     """What both endpoints take."""
 
@@ -66,6 +90,8 @@ class Body(BaseModel):
     """Extension: go on to max_tokens whatever the model says."""
     kvpilot_times: bool = False
     """Extension: tell when the engine emitted each token."""
+    kvpilot_evict: EvictBody | None = None
+    """Extension: keep KV of some tokens only."""
 
     @model_validator(mode="before")
     @classmethod

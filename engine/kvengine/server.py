@@ -138,6 +138,7 @@ class Server:
             tenant,
             received_ns,
             choices=body.candidates,
+            eviction=None if body.kvpilot_evict is None else body.kvpilot_evict.eviction.to_wire(),
         )
         answer = kind(
             self._tokenizer, body, self._model.name, self._clock.wall_ns() // NS, len(prompt), generations

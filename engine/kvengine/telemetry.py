@@ -70,6 +70,7 @@ class Telemetry:
             int(values["max_running"]),
             values["admission_watermark"],
             values.get("kv_element_bits"),
+            values.get("kv_kept_ratio", 1.0),
         )
 
     def record(self, step: Step, knobs: Knobs) -> None:
@@ -194,7 +195,10 @@ class _Scan:
         # Sums over packings: of means exact, of quantiles on the safe side.
         values = [0.0] * len(_DEMAND_FIELDS)
         for packing, running in (by_packing or {1: []}).items():
-            held = [(len(request.tokens), request.output_count, request.tenant or "") for request in running]
+            held = [
+                (len(request.tokens) - request.evicted, request.output_count, request.tenant or "")
+                for request in running
+            ]
             demands = lengths.demand(held, scheduler.block_size * packing, HORIZONS)
             values = [a + b for a, b in zip(values, chain(*demands), strict=True)]
         self.fields = dict(zip(_DEMAND_FIELDS, values, strict=True))
@@ -241,6 +245,7 @@ def _reading(
         "kv_blocks_cached": pool.cached,
         "kv_blocks_shared": pool.shared,
         "tail_waste_tokens": _tail_waste_tokens(running, scheduler.block_size),
+        "evicted_tokens_total": scheduler.tables.evicted_tokens_total,
         "preemptions_total": scheduler.preemptions_total,
         "recomputed_tokens_total": totals.recomputed_tokens,
         "finished_total": totals.finished,
@@ -261,7 +266,7 @@ def _tail_waste_tokens(running: Sequence[Request], block_size: int) -> int:
     """Slots without a token. Blocks that are full are waste to nobody; forks' common tail counts once."""
     waste, shared = 0, {}
     for request in running:
-        empty = len(request.blocks) * block_size * request.packing - request.computed
+        empty = len(request.blocks) * block_size * request.packing - request.stored
         if request.tail_shared:
             shared[request.blocks[-1]] = empty
         else:

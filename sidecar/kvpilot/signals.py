@@ -89,6 +89,7 @@ SIGNALS: dict[str, Signal] = _table(
     Signal("kv_cached_blocks", "gauge", "blocks", _COUNT, "engine", "Unreferenced KV blocks kept for reuse."),
     Signal("kv_shared_blocks", "gauge", "blocks", _COUNT, "engine", "KV blocks that more than one sequence reads."),
     Signal("tail_waste_ratio", "gauge", "ratio", _RATIO, "engine", "Allocated but unfilled KV token slots over all allocated slots."),
+    Signal("evicted_tokens", "counter", "tokens", _COUNT, "engine", "Tokens whose KV running requests gave up, having opted in to that."),
     Signal("preemptions", "counter", "requests", _COUNT, "engine", "Running requests sent back to the queue for want of KV blocks."),
     Signal("recomputed_tokens", "counter", "tokens", _COUNT, "engine", "Tokens computed again after a preemption."),
     Signal("kv_limited_steps", "counter", "steps", _COUNT, "engine", "Steps in which KV memory kept a request waiting."),

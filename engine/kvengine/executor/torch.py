@@ -66,7 +66,8 @@ class EagerExecutor:
         )
         try:
             memory.charge(self.footprint.resident_bytes, "weights and buffers")
-            memory.charge(num_blocks * block_size * self.footprint.kv_bytes_per_token, "KV blocks")
+            token_bytes = self.footprint.kv_bytes_per_token + self.footprint.score_bytes_per_token
+            memory.charge(num_blocks * block_size * token_bytes, "KV blocks")
             self._scratch = Scratch.for_geometries(self.footprint.geometries(), target.max_tokens, device)
             self._target_kv = _storage(target, num_blocks, block_size, device, precisions)
             self._mass = Mass(self._target_kv) if heavy_hitters else None

@@ -66,7 +66,7 @@ _KVENGINE = KnownEngine(
         "max_running": Capability(True, "gates admission, drains"),
         "admission_watermark": Capability(True, "at admission"),
         "kv_element_bits": Capability(True, "sequences admitted from then on: 32, 16, 8 or 4 bits"),
-        "kv_kept_ratio": Capability(False, "it evicts nothing of a sequence that runs"),
+        "kv_kept_ratio": Capability(True, "requests and tenants that opted in", needs="an opt-in"),
         **_all(_VALVE_KNOBS, "the valve in front of its server"),
     },
     signals={
@@ -115,6 +115,7 @@ _VLLM = KnownEngine(
         **_all(_VALVE_SIGNALS, "the valve's page", needs="--middleware"),
         "kv_limited_steps": Capability(True, _STEP, since="0.32.0"),
         "prefix_mismatches": Capability(False, "it trusts its hashes: no token ids", shown="read"),
+        "evicted_tokens": Capability(False, "it evicts nothing of a sequence that runs", shown="read"),
         "oom": Capability(False, _WORKERS),
         "device_free_bytes": Capability(False, _WORKERS),
         "device_headroom_tokens": Capability(False, _WORKERS),

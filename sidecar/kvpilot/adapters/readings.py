@@ -24,6 +24,7 @@ FIELD_OF = {
     "kv_cached_blocks": "kv_blocks_cached",
     "kv_shared_blocks": "kv_blocks_shared",
     "prefix_mismatches": "prefix_mismatches_total",
+    "evicted_tokens": "evicted_tokens_total",
     "preemptions": "preemptions_total",
     "recomputed_tokens": "recomputed_tokens_total",
     "kv_limited_steps": "kv_limited_steps_total",

@@ -56,6 +56,7 @@ _FIELDS = (
     ),
     Field("blocks_step", "u64", "steps", "Value of steps_total when cached and shared blocks were counted."),
     Field("tail_waste_tokens", "u64", "tokens", "Allocated KV token slots that hold no token yet."),
+    Field("evicted_tokens_total", "u64", "tokens", "Tokens whose KV requests that opted in gave up."),
     Field("preemptions_total", "u64", "requests", "Running requests sent back to the queue."),
     Field("recomputed_tokens_total", "u64", "tokens", "Tokens computed again after a preemption."),
     Field("finished_total", "u64", "requests", "Requests that finished normally."),

@@ -11,6 +11,7 @@ from typing import Any
 WINDOW, STREAMING, H2O, FASTGEN = "window", "streaming", "h2o", "fastgen"
 POLICIES = (WINDOW, STREAMING, H2O, FASTGEN)
 SINK_TOKENS = 4
+RECOVERY = 0.95
 
 
 class EvictionError(ValueError):
@@ -27,7 +28,7 @@ class Eviction:
     heavy: int = 0
     by_head: bool = False
     """Whether each KV head of each layer keeps tokens of its own; `fastgen` always does."""
-    recovery: float = 0.95
+    recovery: float = RECOVERY
     """`fastgen`: the share of its attention that a head's policy must keep."""
 
     def __post_init__(self) -> None:
@@ -82,6 +83,10 @@ class Eviction:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any] | None) -> "Eviction | None":
         return None if wire is None else cls(**wire)
+
+
+UNDER_PRESSURE = Eviction(WINDOW)
+"""Of a tenant that opted in: its first and latest tokens stay, and nothing goes before the knob asks."""
 
 
 @dataclass(frozen=True, slots=True)
