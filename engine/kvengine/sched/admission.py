@@ -68,7 +68,7 @@ class PeakAdmission:
     def __init__(self, tables: BlockTables, lengths: LengthPredictor) -> None:
         self._tables = tables
         self._peak = PeakDemand(tables, lengths)
-        self._read_in_step = 0
+        self._read_in_step = self._admitted_since = 0
         self._refused: tuple[object, ...] = ()
         self._refused_in_step = 0
 
@@ -80,9 +80,11 @@ class PeakAdmission:
         case = (request.id, request.packing, watermark, len(running), latest)
         if case == self._refused and step - self._refused_in_step < ASK_AGAIN_STEPS:
             return False
-        if self._read_in_step != step:
-            self._peak.read(running)
-            self._read_in_step = step
+        # Where to look follows from who runs; it is chosen anew after each eighth more, which adds up to
+        # O(running + admitted) still.
+        if self._read_in_step != step or 8 * self._admitted_since >= len(running):
+            self._peak.read(running, request)
+            self._read_in_step, self._admitted_since = step, 0
         limit = watermark * self._tables.pool.total
         # The prefix is looked up only if it matters.
         if self._peak.with_candidate(request, 0) <= limit:
@@ -97,6 +99,7 @@ class PeakAdmission:
         """It runs from `step` on."""
         if self._read_in_step == step:
             self._peak.admitted(request)
+            self._admitted_since += 1
 
 
 class WaitingQueue:

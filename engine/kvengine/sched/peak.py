@@ -1,12 +1,11 @@
 """The peak of KV demand: how many blocks what runs will hold at most, with one more beside it.
 
 How long a request goes on is not known; `kvpilot.inside.lengths` knows how long those went on that came as
-far.
-Each request is taken as `OUTCOMES` equally likely ends, none beyond its own `max_tokens`; until its end it
-grows by a token a step, in whole blocks of its own precision, and then holds nothing. Requests end
-independently, so that the demand in any span of steps ahead has a mean and a variance that are sums over
-requests, and its pessimistic quantile is mean + z x deviation, but never more than if all went on to their
-`max_tokens`. The law looks at the worst span.
+far. Each request is taken as `OUTCOMES` equally likely ends, none beyond its own `max_tokens`; until its end
+it grows by a token a step, in whole blocks of its own precision, and then holds nothing. Requests end
+independently of each other, so that demand at any step ahead has a mean and a variance that are sums over
+requests; its pessimistic quantile is mean + z x deviation, but never more than if all went on to their
+`max_tokens`. The law looks at the worst step, among those just before something ends.
 
 It is the quantile of the sum that counts: peaks of single requests do not meet, and a sum of quantiles would
 refuse what fits easily. Lengths conditioned on survival and the peak over future ends are the Past-Future
@@ -14,13 +13,16 @@ scheduler's (arXiv 2507.10150); the Gaussian quantile of a sum of independent on
 capacity of Guerin, Ahmadi and Naghshineh (IEEE JSAC 9(7), 1991).
 
 Nothing is carried from one reading to the next: a bad hour lives only as long as in the predictor's tables.
+Who comes later is not counted: it is asked for then.
 Blocks that several hold, or that are pinned, count once, as held throughout. O(running) a reading, O(1) for
-each candidate, with `SPANS` numbers each. No torch, no clock.
+each candidate, with `LOOKS` numbers each. No torch, no clock.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from math import sqrt
+from typing import NamedTuple
 
 from kvengine.kv.table import BlockTables, blocks_for
 from kvengine.request import Request
@@ -30,11 +32,15 @@ OUTCOMES = 8
 """Ends of one request that are told apart."""
 _MIDPOINTS = tuple((i + 0.5) / OUTCOMES for i in range(OUTCOMES))
 
-SPANS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 1 << 40)
-"""Last step of each span ahead: about as wide, seen from now, as lengths are uncertain."""
+LOOKS = 16
+"""Moments ahead at which demand is read."""
 
-PESSIMISM = 1.2815515655446004
-"""Standard normal deviate of the quantile: one time in ten demand is taken to be higher."""
+PESSIMISM = 0.8416212335729143
+"""Standard normal deviate of the quantile: one time in five demand is taken to be higher.
+
+Chosen by `bench/admission.py`: preemption costs little beside holding requests back, so that more pessimism
+costs throughput, and less saves nothing.
+"""
 
 
 def ends(request: Request, lengths: LengthPredictor) -> list[int]:
@@ -43,29 +49,34 @@ def ends(request: Request, lengths: LengthPredictor) -> list[int]:
     return [max(1, min(lengths.remaining(generated, q, tenant), left)) for q in _MIDPOINTS]
 
 
-def growth(held: int, size: int, shared: int, outcomes: Sequence[int]) -> list[tuple[float, float]]:
-    """Mean and variance of the blocks of its own that a sequence holds in each span, up to its last end.
+def moments(all_ends: Sequence[int]) -> list[int]:
+    """Steps ahead at which to look, ascending: the next one, and ends that divide all of them evenly.
+
+    Demand only falls where something ends, so that it is highest just there.
+    """
+    ordered, count = sorted(all_ends), len(all_ends)
+    return sorted({1, *(ordered[count * look // LOOKS] for look in range(LOOKS if count else 0))})
+
+
+def growth(
+    held: int, size: int, shared: int, outcomes: Sequence[int], looks: Sequence[int]
+) -> list[tuple[float, float]]:
+    """Mean and variance of the blocks of its own that a sequence holds at each look, up to its last end.
 
     It has `held` tokens, the newest not computed; `size` tokens fit in a block, and `shared` of its blocks
     count elsewhere. To emit r tokens takes r steps, the last of which covers held + r - 1 positions.
     """
-    curve, first, count = [], 0, len(outcomes)
+    curve, ended, count = [], 0, len(outcomes)
     before = held - 1 + size - 1
-    for last in SPANS:
-        ending = bisect_right(outcomes, last, first)
-        blocks = (before + last) // size - shared
-        total = blocks * (count - ending)
-        square = total * blocks
-        for end in outcomes[first:ending]:
-            # Its last step lies in this span: what it holds then is the most of it here.
-            blocks = (before + end) // size - shared
-            total += blocks
-            square += blocks * blocks
-        mean = total / count
-        curve.append((mean, max(0.0, square / count - mean * mean)))
-        if ending == count:
+    for look in looks:
+        while ended < count and outcomes[ended] < look:
+            ended += 1
+        if ended == count:
             break
-        first = ending
+        blocks = (before + look) // size - shared
+        alive = (count - ended) / count
+        mean = alive * blocks
+        curve.append((mean, mean * blocks - mean * mean))
     return curve
 
 
@@ -76,15 +87,16 @@ class PeakDemand:
         self._tables = tables
         self._lengths = lengths
         self._z = z
-        self._means = [0.0] * len(SPANS)
-        self._variances = [0.0] * len(SPANS)
+        self._looks: list[int] = []
+        self._means: list[float] = []
+        self._variances: list[float] = []
         self._most = 0
         """If all that run go on to their `max_tokens`."""
 
-    def read(self, running: Iterable[Request]) -> None:
-        """Forget everything, and look at what runs now."""
-        self._means, self._variances, self._most = [0.0] * len(SPANS), [0.0] * len(SPANS), 0
+    def read(self, running: Iterable[Request], candidate: Request | None = None) -> None:
+        """Forget everything, and look at what runs now; where to look, `candidate` has a say in too."""
         references, own, tails = self._tables.pool.references, 0, set()
+        members: list[_Member] = []
         for request in running:
             shared = _shared(request.blocks, references)
             own += len(request.blocks) - shared
@@ -93,41 +105,58 @@ class PeakDemand:
                 # Each of its holders writes the rest of that block to a copy of its own, but for the last.
                 shared = request.computed // size
                 tails.add(request.blocks[shared])
-            self._add(request, shared)
+            members += self._members(request, shared)
         held_throughout = self._tables.pool.referenced - own - len(tails)
-        self._means = [mean + held_throughout for mean in self._means]
-        self._most += held_throughout
+        asking = [] if candidate is None else self._members(candidate, 0)
+        self._looks = moments([end for member in chain(members, asking) for end in member.ends])
+        self._means = [float(held_throughout)] * len(self._looks)
+        self._variances = [0.0] * len(self._looks)
+        self._most = held_throughout
+        self._add(members)
 
     def with_candidate(self, request: Request, held_already: int) -> float:
         """The quantile of the peak if `request`, of whose blocks others hold so many, ran too."""
-        means, variances, most = list(self._means), list(self._variances), self._most
-        for curve, at_most in self._members(request, held_already):
-            most += at_most
-            for span, (mean, variance) in enumerate(curve):
-                means[span] += mean
-                variances[span] += variance
-        pairs = zip(means, variances, strict=True)
-        return min(most, max([mean + self._z * sqrt(variance) for mean, variance in pairs]))
+        before = self._means, self._variances, self._most
+        self._means, self._variances = list(self._means), list(self._variances)
+        self._add(self._members(request, held_already))
+        peak = self.peak
+        self._means, self._variances, self._most = before
+        return peak
 
     def admitted(self, request: Request) -> None:
         """It runs, and holds what the prefix cache had of it."""
-        self._add(request, _shared(request.blocks, self._tables.pool.references))
+        self._add(self._members(request, _shared(request.blocks, self._tables.pool.references)))
 
-    def _add(self, request: Request, shared: int) -> None:
-        for curve, at_most in self._members(request, shared):
-            self._most += at_most
-            for span, (mean, variance) in enumerate(curve):
-                self._means[span] += mean
-                self._variances[span] += variance
+    @property
+    def peak(self) -> float:
+        """The quantile at the worst moment, of what runs."""
+        pairs = zip(self._means, self._variances, strict=True)
+        return min(self._most, max([mean + self._z * sqrt(variance) for mean, variance in pairs]))
 
-    def _members(self, request: Request, shared: int) -> Iterator[tuple[list[tuple[float, float]], int]]:
+    def _add(self, members: Iterable["_Member"]) -> None:
+        means, variances, looks = self._means, self._variances, self._looks
+        for held, size, shared, outcomes, left in members:
+            self._most += blocks_for(held + left - 1, size) - shared
+            for look, (mean, variance) in enumerate(growth(held, size, shared, outcomes, looks)):
+                means[look] += mean
+                variances[look] += variance
+
+    def _members(self, request: Request, shared: int) -> Iterator["_Member"]:
         """The request, and its forks, which begin when its prompt is computed."""
         size = self._tables.tokens_in_block(request)
         for one in (request, *request.forks):
-            held = len(one.tokens)
-            most = blocks_for(held + one.output_left - 1, size) - shared
-            yield growth(held, size, shared, ends(one, self._lengths)), most
+            yield _Member(len(one.tokens), size, shared, ends(one, self._lengths), one.output_left)
             shared = len(request.prompt) // size
+
+
+class _Member(NamedTuple):
+    """One sequence: see `growth`; `left` is what it may still emit at most."""
+
+    held: int
+    size: int
+    shared: int
+    ends: list[int]
+    left: int
 
 
 def _shared(blocks: Sequence[int], references: Sequence[int]) -> int:
