@@ -11,7 +11,7 @@ pilot with the shipped policies. Token times are the engine's own.
 speculation held off, on a server whose draft model is never right, and against speculation left on, on one
 whose draft model always is.
 
-Needs vLLM's environment (`make vllm`). About fifteen minutes; `--quick` flies each leg once.
+Needs vLLM's environment (`make vllm`). About twenty minutes; `--quick` flies each leg once.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,16 +66,24 @@ FULL_BATCH = 12
 FULL_BATCH_TOKENS = 96
 
 
+Calibrate = Callable[[], Awaitable[overload.Calibration]]
+
+
 class Bench:
     """One server, one flight, everything this bench flies on it."""
 
-    def __init__(
-        self, flight: Flight, calibration: overload.Calibration, arguments: argparse.Namespace
-    ) -> None:
+    def __init__(self, flight: Flight, calibrate: Calibrate, arguments: argparse.Namespace) -> None:
+        self.calibrations: list[overload.Calibration] = []
+        """As the machine was before each round."""
         self._flight = flight
-        self._calibration = calibration
+        self._calibrate = calibrate
         self._arguments = arguments
         self._rounds = 1 if arguments.quick else ROUNDS
+
+    async def _measure_speed(self) -> None:
+        self._calibration = await self._calibrate()
+        self.calibrations.append(self._calibration)
+        self._flight.promise(self._calibration.slos())
 
     async def overloads(self) -> list[dict[str, Result]]:
         """Rounds of all legs, each round from another leg on and with other arrivals."""
@@ -83,6 +91,8 @@ class Bench:
         legs = [DEFAULTS, *STATICS, PILOT]
         rounds = []
         for number in range(self._rounds):
+            # Machines drift: each round's promises and arrivals are made of what this one can do now.
+            await self._measure_speed()
             seed = self._arguments.seed + number
             queues = overload.queues(rows, seed, SECONDS, LOAD, self._calibration.speed)
             first = number * 3 % len(legs)
@@ -94,6 +104,7 @@ class Bench:
     async def full_batches(self, other: Leg) -> list[tuple[float, float]]:
         """Output tokens a second of a full batch, greedy, (pilot, `other`), by turns first."""
         pairs = []
+        await self._measure_speed()
         for number in range(self._rounds):
             legs = (PILOT, other) if number % 2 else (other, PILOT)
             rates = {leg.name: await self._throughput(leg, number) for leg in legs}
@@ -146,8 +157,8 @@ def line(result: Result) -> str:
 @contextlib.asynccontextmanager
 async def aboard(
     speculation: Speculation, arguments: argparse.Namespace, folder: Path
-) -> AsyncIterator[tuple[Bench, overload.Calibration]]:
-    """A server with that draft model, its speed measured and its classes promised."""
+) -> AsyncIterator[Bench]:
+    """A server with that draft model."""
     folder.mkdir()
     path = folder / "times.jsonl"
     times = Times(path)
@@ -169,31 +180,32 @@ async def aboard(
         python_path=(install(folder / "plugin"),),
     )
     with VllmServer(settings, folder) as server:
-        calibration = await overload.calibrate(server.url, SERVED_MODEL, times, VOCABULARY)
         flight = Flight(
             server.url, SERVED_MODEL, server.link_environ, times, VOCABULARY, folder, SystemClock()
         )
-        flight.promise(calibration.slos())
-        yield Bench(flight, calibration, arguments), calibration
+        yield Bench(
+            flight, lambda: overload.calibrate(server.url, SERVED_MODEL, times, VOCABULARY), arguments
+        )
 
 
 async def fly(
     arguments: argparse.Namespace, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Any], list[Bar]]:
     rounds, miss, hit = [], [], []
-    async with aboard("draft_hit", arguments, folder / "hit") as (bench, calibration):
+    async with aboard("draft_hit", arguments, folder / "hit") as bench:
+        calibrations = bench.calibrations
         if arguments.only in (None, "overload"):
             rounds = await bench.overloads()
         if arguments.only in (None, "spec"):
             hit = await bench.full_batches(DEFAULTS)
     if arguments.only in (None, "spec"):
-        async with aboard("draft_miss", arguments, folder / "miss") as (bench, _):
+        async with aboard("draft_miss", arguments, folder / "miss") as bench:
             miss = await bench.full_batches(SPEC_OFF)
-    return report(calibration, rounds, miss, hit)
+    return report(calibrations, rounds, miss, hit)
 
 
 def report(
-    calibration: overload.Calibration,
+    calibrations: list[overload.Calibration],
     rounds: list[dict[str, Result]],
     miss: list[tuple[float, float]],
     hit: list[tuple[float, float]],
@@ -239,9 +251,9 @@ def report(
         "load": LOAD,
         "seconds": SECONDS,
         "rounds": len(rounds),
-        "prefill_tokens_per_s": round(calibration.speed.prefill_tokens_per_s),
-        "decode_tokens_per_s": round(calibration.speed.decode_tokens_per_s),
-        "slo": {name: asdict(slo) for name, slo in calibration.slos().items()},
+        "prefill_tokens_per_s": [round(each.speed.prefill_tokens_per_s) for each in calibrations],
+        "decode_tokens_per_s": [round(each.speed.decode_tokens_per_s) for each in calibrations],
+        "slo": [{name: asdict(slo) for name, slo in each.slos().items()} for each in calibrations],
     }
     return settings, results, bars
 

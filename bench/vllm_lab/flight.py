@@ -27,7 +27,7 @@ from vllm_lab.times import Times
 
 CLASSES = {"batch": 0, "interactive": 1}
 COUNTERS = ("preemptions_total", "recomputed_tokens_total", "drafted_tokens_total", "decode_tokens_total")
-DRAIN_S = 8.0
+DRAIN_S = 12.0
 SETTLE_S = 60.0
 LOOK_NS = NS // 10
 ROOT = Path(__file__).parents[2]
