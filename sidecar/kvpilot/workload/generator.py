@@ -1,14 +1,16 @@
 """A seeded, bursty, two-class workload, sized to the machine that will serve it.
 
 Interactive requests have short prompts and answers and someone waiting; batch requests have long ones and
-patience. Arrivals are Poisson at a base load, with bursts during which both classes come several times as
-fast. Load is machine time: 1.0 offers a second of it every second, at the `Speed` that was measured.
+patience. Arrivals are Poisson at a base load, or a Gamma process where a coefficient of variation is given,
+with bursts during which all classes come several times as fast. Load is machine time: 1.0 offers a second of
+it every second, at the `Speed` that was measured. Tenants may begin their prompts with a text of their own.
 
 The same arguments give the same arrivals on every machine; a faster machine is offered more of the same
 requests. O(arrivals).
 """
 
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -49,6 +51,10 @@ class ClassMix:
     domains: tuple[tuple[str, float], ...]
     """(domain, weight)."""
     tenants: tuple[tuple[str, float], ...]
+    prefix_tokens: int = 0
+    """Of the text with which a tenant's prompts begin, before what is drawn from `prompt`; 0 for none."""
+    prefix_share: float = 1.0
+    """Share of the prompts that begin with it."""
 
     def pick_domain(self, rng: random.Random) -> str:
         return _pick(self.domains, rng)
@@ -98,24 +104,44 @@ def generate(
     speed: Speed,
     classes: Sequence[ClassMix] = CLASSES,
     bursts: Sequence[Burst] = BURSTS,
+    cv: float = 1.0,
 ) -> list[Arrival]:
     """Arrivals in order of time within `seconds`; `load` is the mean over the run, bursts included.
 
     Requests are drawn until their work is that of the load, then placed: a Poisson process given its count is
     that many independent points. So every seed offers the same work, and only its order and timing differ.
+    `cv` is the coefficient of variation of the gaps: 1 is Poisson, above it a Gamma process clusters. A text
+    that prompts share counts as work once for each tenant.
     """
-    if not (seconds > 0 and load > 0):
-        raise ValueError(f"seconds={seconds}, load={load}: both must be above 0")
+    if not (seconds > 0 and load > 0 and cv > 0):
+        raise ValueError(f"seconds={seconds}, load={load}, cv={cv}: each must be above 0")
     rng = random.Random(f"workload/{seed}")
     spells = _place(bursts, rng)
     shares = [mix.share for mix in classes]
     drawn: list[Arrival] = []
+    begun: set[tuple[int, ...]] = set()
     left_s = load * seconds
     while left_s > 0:
-        drawn.append(_arrival(rng.choices(classes, shares)[0], rng))
-        left_s -= speed.seconds(drawn[-1].prompt_tokens, drawn[-1].output_tokens)
-    times = sorted(_stretch(rng.random(), spells) * seconds for _ in drawn)
+        one = _arrival(rng.choices(classes, shares)[0], rng)
+        cached = one.prefix_block_tokens if one.prefix in begun else 0
+        begun.add(one.prefix)
+        drawn.append(one)
+        left_s -= speed.seconds(one.prompt_tokens - cached, one.output_tokens)
+    times = sorted(_stretch(share, spells) * seconds for share in _shares_of_time(len(drawn), cv, rng))
     return [replace(one, at_s=at_s) for one, at_s in zip(drawn, times, strict=True)]
+
+
+def _shares_of_time(count: int, cv: float, rng: random.Random) -> list[float]:
+    """Where in the run each of `count` arrivals comes, were there no bursts: in 0..1."""
+    if cv == 1.0:
+        return [rng.random() for _ in range(count)]
+    # The gap after the last one belongs to the run too.
+    gaps = [rng.gammavariate(1 / cv**2, 1.0) for _ in range(count + 1)]
+    whole, at, shares = sum(gaps), 0.0, []
+    for gap in gaps[:-1]:
+        at += gap
+        shares.append(min(at / whole, 1.0) if whole else rng.random())
+    return shares
 
 
 def _place(bursts: Sequence[Burst], rng: random.Random) -> list[tuple[float, float, float]]:
@@ -145,7 +171,7 @@ def _stretch(share: float, spells: Sequence[tuple[float, float, float]]) -> floa
 
 
 def _arrival(mix: ClassMix, rng: random.Random) -> Arrival:
-    return Arrival(
+    one = Arrival(
         0.0,
         mix.prompt.draw(rng),
         mix.output.draw(rng),
@@ -154,6 +180,12 @@ def _arrival(mix: ClassMix, rng: random.Random) -> Arrival:
         mix.pick_domain(rng),
         rng.getrandbits(31),
     )
+    if not mix.prefix_tokens or rng.random() >= mix.prefix_share:
+        return one
+    # A text of this class and tenant: its id follows from their names alone.
+    prefix = (zlib.crc32(f"{mix.name}/{one.tenant}".encode()),)
+    prompt_tokens = mix.prefix_tokens + one.prompt_tokens
+    return replace(one, prompt_tokens=prompt_tokens, prefix=prefix, prefix_block_tokens=mix.prefix_tokens)
 
 
 def _pick(weighted: Sequence[tuple[str, float]], rng: random.Random) -> str:
