@@ -88,11 +88,29 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
         max_model_len=max_model_len,
         activation_bytes_per_token=footprint.step.token_bytes,
         device=config.device,
+        device_uuids=_device_uuids(config.device),
     )
     telemetry = Telemetry(core, executor, lengths, StepHook.open(manifest, clock=clock))
     external = (config.external, memory) if config.external else None
     loop = EngineLoop(core, telemetry, channel, clock, external, config.evict_tenants)
     return Engine(loop, _facts(memory_plan, limits, target))
+
+
+def _device_uuids(device: str) -> tuple[str, ...]:
+    """As torch writes them; empty without a CUDA device."""
+    if not device.startswith("cuda"):
+        return ()
+    return (str(torch.cuda.get_device_properties(device).uuid),)
+
+
+def _scheduler(config: EngineConfig, memory_plan: Plan, max_model_len: int) -> tuple[Scheduler, Limits]:
+    pool, pinned = BlockPool(memory_plan.blocks), int(memory_plan.blocks * config.pinned_share)
+    tree = None
+    if config.prefix_cache:
+        tree = PrefixTree(pool, config.block_size, config.name, max_pinned_blocks=pinned)
+    # What may be pinned is no request's: one that needs it would wait for ever.
+    limits = Limits(max_model_len, memory_plan.kv_tokens - pinned * config.block_size)
+    return Scheduler(pool, config.block_size, len(config.classes), tree, config.precisions), limits
 
 
 def _offer(config: EngineConfig) -> Offer:

@@ -91,6 +91,29 @@ class Api(_Model):
     port: int = Field(default=9477, ge=0, le=65_535)
 
 
+class Gpu(_Model):
+    """Which GPUs are the engine's, by UUID, where it does not say so itself and more than one is visible."""
+
+    devices: tuple[Annotated[str, Field(pattern=r"^(GPU|MIG)-[-0-9A-Za-z/]{1,80}$")], ...] = Field(
+        default=(), max_length=16
+    )
+
+
+class Otlp(_Model):
+    """Where metrics and traces are sent to, over OTLP/HTTP. Without `endpoint` nothing is set up for it."""
+
+    endpoint: Annotated[str, AfterValidator(_http)] | None = None
+    """As in `http://collector:4318`; `/v1/metrics` and `/v1/traces` are added."""
+    headers: dict[str, str] = {}
+    interval: Positive = 15.0
+    """Between two batches of metrics; spans go every second of it at most."""
+    timeout: Positive = 10.0
+    resource: dict[str, str] = {}
+    """Further resource attributes, such as k8s.pod.name."""
+    genai: bool = False
+    """Also the GenAI semantic conventions' server metrics, whose names may still change."""
+
+
 class Config(_Model):
     """The whole file."""
 
@@ -107,6 +130,8 @@ class Config(_Model):
     arm: Arm = Arm()
     receivers: tuple[Receiver, ...] = ()
     api: Api = Api()
+    gpu: Gpu = Gpu()
+    otlp: Otlp = Otlp()
     journal: File | None = None
     socket: File | None = None
 
@@ -253,6 +278,8 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
         "arm": Arm,
         "receivers": Receiver,
         "api": Api,
+        "gpu": Gpu,
+        "otlp": Otlp,
     }
     model = models.get(path[0], Config) if path else Config
     return list(model.model_fields)

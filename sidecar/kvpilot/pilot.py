@@ -11,16 +11,19 @@ engine that stalls or is wedged is left as it is: rules see its signals age, and
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvpilot.adapters.actuator import Actuator
 from kvpilot.adapters.adoption import Adopted, hand_over, renewed
 from kvpilot.adapters.engine import EngineAdapter, Sight
+from kvpilot.adapters.gpu_signals import GpuSignals
+from kvpilot.adapters.gpu_watch import GpuWatch
 from kvpilot.adapters.offered import OfferedLoad
 from kvpilot.adapters.prompt_bytes import PromptBytes
 from kvpilot.adapters.valves import VALVE_KNOBS
 from kvpilot.adapters.windows import Key, Reading, Windows
+from kvpilot.alerts.device_watch import DeviceWatch
 from kvpilot.alerts.watch import Change, EngineWatch, describe
 from kvpilot.clock import NS, Clock
 from kvpilot.config import Arm
@@ -62,6 +65,10 @@ class Pilot:
     """Called when an alarm of the engine fires or is over; must not wait."""
     policies: PolicySet = field(default_factory=lambda: PolicySet(()))
     watch: EngineWatch = field(default_factory=EngineWatch)
+    gpus: GpuWatch | None = None
+    """Looks at the engine's GPUs in a thread of its own; the tick takes its newest look."""
+    gpu_signals: GpuSignals = field(default_factory=GpuSignals)
+    devices: DeviceWatch = field(default_factory=DeviceWatch)
     _state: State = field(default_factory=State)
     _windows: Windows = field(default_factory=Windows)
     _forecaster: Forecaster = field(init=False)
@@ -98,7 +105,11 @@ class Pilot:
             return self._publish(Tick(now_ns, wall_ns, sight, off=off), sight.readings)
         # forecast
         ahead = self._forecast(sight)
-        readings = {**sight.readings, **_as_readings(ahead, sight.at_ns)}
+        readings = {
+            **sight.readings,
+            **_as_readings(ahead, sight.at_ns),
+            **self._look_at_gpus(sight, wall_ns),
+        }
         gone = sight.liveness == "dead" or sight.before is not None
         if gone:
             # For one tick at least: what rules hold is given up before they see the next start.
@@ -157,6 +168,8 @@ class Pilot:
         state = sight.waiting_for or f"engine {sight.nonce:016x} is {sight.liveness}"
         if manifest is not None and sight.restarted:
             self._forecaster.begin(manifest)
+            if self.gpus is not None:
+                self.gpus.follow(manifest.device, manifest.device_uuids)
             self.actuator.forget_engine()
             self._adopted = self.take_over(sight)
             if self._adopted:
@@ -178,10 +191,23 @@ class Pilot:
             _log.warning("waiting: %s", detail) if sight.waiting_for else _log.warning("%s", detail)
             self.ledger.event("engine", detail, wall_ns)
         self._said = state
-        for change in self.watch.observe(sight):
+        self._tell(self.watch.observe(sight), wall_ns)
+
+    def _tell(self, changes: Iterable[Change], wall_ns: int) -> None:
+        for change in changes:
             state = "fires" if change.firing else "is over"
             self.ledger.event("alert", f"{change.alarm.name} {state}: {change.alarm.summary}", wall_ns)
             self.alarm(change, wall_ns)
+
+    def _look_at_gpus(self, sight: Sight, wall_ns: int) -> dict[Key, Reading | Missing]:
+        """The newest look of the thread that reads NVML; without one the signals are missing."""
+        look = self.gpus.latest if self.gpus is not None else None
+        readings = self.gpu_signals.readings(look, sight)
+        if look is not None:
+            parts = self.gpu_signals.parts
+            unexplained = parts.unexplained if parts is not None else None
+            self._tell(self.devices.observe(sight.at_ns, look.sights, unexplained), wall_ns)
+        return readings
 
     def _compare_classes(self, engines: tuple[str, ...]) -> None:
         """Levels in scopes mean the engine's classes: other names mean that promises go to nobody."""

@@ -20,6 +20,8 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from kvpilot.adapters.actuator import Actuator
 from kvpilot.adapters.adoption import Adopted, adopt, left_in_force
 from kvpilot.adapters.engine import EngineAdapter, Sight
+from kvpilot.adapters.gpu_watch import GpuWatch
+from kvpilot.adapters.other_ranks import OtherRanks
 from kvpilot.adapters.pages import Controls, LinkFiles
 from kvpilot.alerts.herald import Herald
 from kvpilot.alerts.outbox import Outbox
@@ -79,9 +81,10 @@ class Service:
         self._address = "{}:{}".format(*self._listening.getsockname()[:2])
         outbox = Outbox({each.name: each.url for each in config.receivers}, f"http://{self._address}")
         self._herald = Herald(outbox, name, config.rank)
-        self.flight = Flight(
-            name, self._build_pilot(place, directory), directory, outbox, self._journal, config.rank
-        )
+        pilot = self._build_pilot(place, directory)
+        # One pilot shows ranks that have none: the one that flies the valves.
+        others = OtherRanks(place, config.rank, pilot.board.views) if config.flies_valves else None
+        self.flight = Flight(name, pilot, directory, outbox, self._journal, config.rank, others)
         self._socket = OperatingSocket(self.flight, self._path_of_socket())
         self._stopping = False
         self._use(policies)
@@ -129,6 +132,7 @@ class Service:
             notify=self._herald.notify,
             take_over=self._take_over,
             alarm=self._herald.change,
+            gpus=GpuWatch(clock, config.gpu.devices),
         )
 
     def _take_over(self, sight: Sight) -> list[Adopted]:
@@ -168,6 +172,9 @@ class Service:
             self._release()
             raise StartError(str(error)) from error
         self._journal.start()
+        gpus, others = self.flight.pilot.gpus, self.flight.others
+        if gpus is not None:
+            gpus.start()
         server = build_server(build_app(self.flight, self._clock))
         serving = asyncio.create_task(server.serve(sockets=[self._listening]))
         scheduler = self._schedule()
@@ -187,6 +194,10 @@ class Service:
             self._herald.resolve_all(self._clock.wall_ns())
             await self.flight.outbox.close(CLOSE_WITHIN_S)
             await serving
+            if gpus is not None:
+                gpus.close()
+            if others is not None:
+                others.close()
             self._release()
 
     def stop(self) -> None:

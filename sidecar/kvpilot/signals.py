@@ -110,6 +110,9 @@ SIGNALS: dict[str, Signal] = _table(
     # Device memory.
     Signal("device_free_bytes", "gauge", "bytes", _BYTES, "engine", "Device memory nobody holds, between steps."),
     Signal("device_headroom_tokens", "gauge", "tokens", _COUNT, "engine", "Free device memory over the manifest's activation bytes per token."),
+    Signal("device_unexplained_bytes", "gauge", "bytes", (-1e15, 1e15), "pilot", "Device memory in use that is neither the engine's, by its allocator, nor another process's, nor what the engine's process held outside its allocator when it started."),
+    Signal("gpu_throttled", "gauge", "state", _RATIO, "pilot", "1 while heat or a failing supply holds back the clocks of one of the engine's GPUs; else 0."),
+    Signal("gpu_busy_ratio", "gauge", "ratio", _RATIO, "pilot", "Share of time in which a kernel ran, as NVML samples it; mean of the engine's GPUs."),
     # The engine as a whole, as the pilot sees it; told also while the engine itself is silent.
     Signal("engine_stalled", "gauge", "state", _RATIO, "pilot", "1 while the engine has work and makes no step for longer than five slow ones, and 2 s; else 0."),
     Signal("output_wedged", "gauge", "state", _RATIO, "pilot", "1 while answers do not leave, whatever the health endpoint says; else 0."),

@@ -84,8 +84,8 @@ def test_two_pilots_fly_two_ranks_and_one_of_them_the_valves(lab: Lab, webhook: 
     assert (first.status()["pilot"]["rank"], first.status()["pilot"]["flies_valves"]) == (0, True)
     assert (second.status()["pilot"]["rank"], second.status()["pilot"]["flies_valves"]) == (1, False)
     assert "the valves are another pilot's" in second.command("status").stdout
-    assert 'kvpilot_control_armed{rank="1"} 1.0' in second.get("/metrics").text  # type: ignore[union-attr]
-    assert "rank=" not in first.get("/metrics").text  # type: ignore[union-attr]
+    assert 'kvpilot_control_armed{engine="lab",rank="1"} 1.0' in second.get("/metrics").text  # type: ignore[union-attr]
+    assert 'rank="1"' not in first.get("/metrics").text, "that rank has a pilot of its own"  # type: ignore[union-attr]
     eventually(lambda: webhook.bodies)
     assert webhook.bodies[0]["commonLabels"]["rank"] == "1"
     with (lab.folder / "c/lab/valve.kvp").open("rb") as page:

@@ -7,7 +7,7 @@ pilot holds is that pilot's to show: it is left out here, so that no series exis
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvpilot.adapters.engine import EngineAdapter, Sight
@@ -63,7 +63,7 @@ class _Followed:
 class OtherRanks:
     """See the module docstring. `own` is the rank that this pilot flies; looks in order of time."""
 
-    def __init__(self, place: LinkPlace, own: int, views: list[View]) -> None:
+    def __init__(self, place: LinkPlace, own: int, views: Sequence[View]) -> None:
         self._place = place
         self._own = own
         self._views = [view for view in views if view.signal in ENGINE_SIGNALS]

@@ -11,6 +11,8 @@ from typing import Any
 from kvpilot.link.fields import Field
 
 MANIFEST_MAX_BYTES = 32_768
+_LEFT_OUT = ("device_uuids", "weights_bytes")
+"""Not written where an engine does not tell."""
 
 
 class ManifestError(ValueError):
@@ -72,6 +74,10 @@ class Manifest:
     world: dict[str, int] = field(default_factory=lambda: {"dp": 1, "tp": 1, "pp": 1})
     activation_bytes_per_token: int | None = None
     device_memory_bytes: int | None = None
+    device_uuids: tuple[str, ...] = ()
+    """Of the devices that this rank computes on, as NVML or the framework writes them; empty: not told."""
+    weights_bytes: int | None = None
+    """Device memory of weights and buffers that stay."""
     latency_measured_at: str = "engine"
     """`engine` (step) or `frontend`: where TTFT and ITL are taken; never mixed."""
     unsupported_knobs: dict[str, str] = field(default_factory=dict)
@@ -83,7 +89,8 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Compact UTF-8 JSON. Raises ManifestError if over MANIFEST_MAX_BYTES."""
-        data = json.dumps(asdict(self), separators=(",", ":")).encode()
+        told = {name: value for name, value in asdict(self).items() if value or name not in _LEFT_OUT}
+        data = json.dumps(told, separators=(",", ":")).encode()
         if len(data) > MANIFEST_MAX_BYTES:
             raise ManifestError(f"manifest of {len(data)} bytes: at most {MANIFEST_MAX_BYTES}")
         return data
@@ -100,6 +107,7 @@ class Manifest:
                 for f in raw["fields"]
             )
             known["classes"] = tuple(raw.get("classes", ()))
+            known["device_uuids"] = tuple(map(str, raw.get("device_uuids", ())))
             return cls(**known)
         except ManifestError:
             raise

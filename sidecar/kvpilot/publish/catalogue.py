@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from kvpilot.adapters.condition import CONDITION_SIGNALS
+from kvpilot.adapters.gpu_signals import GPU_SIGNALS
 from kvpilot.adapters.known_engines import KNOWN, Capability
 from kvpilot.knobs import KNOBS
 from kvpilot.policy.quantity import format_number
@@ -110,6 +111,8 @@ def _has(signals: Mapping[str, Capability], name: str) -> Capability:
     """A forecast is there where all that it is made of is."""
     if name in CONDITION_SIGNALS:
         return Capability(True, "the pilot's look at it")
+    if name in GPU_SIGNALS:
+        return Capability(True, "the pilot's look at its GPUs", needs="NVML: kvpilot[gpu] beside the driver")
     if name not in FORECAST_NEEDS:
         return signals[name]
     needed = [signals[need] for need in FORECAST_NEEDS[name]]

@@ -10,6 +10,7 @@ from kvpilot.journal.records import format_scope
 from kvpilot.policy.expr import LOWEST
 from kvpilot.policy.state import Phase
 from kvpilot.publish.board import Tick
+from kvpilot.publish.gpu_metrics import add_gpus
 from kvpilot.publish.sheet import Sheet
 from kvpilot.version import version
 
@@ -30,7 +31,9 @@ def add_pilot(sheet: Sheet, flight: Flight) -> None:
     sheet.add("control_actions", pilot.ledger.actions)
     sheet.add("control_unconfirmed", len(pilot.actuator.unconfirmed))
     sheet.add("journal_lost", flight.journal.lost)
-    for alarm in pilot.watch.firing.values():
+    if pilot.gpus is not None:
+        add_gpus(sheet, pilot.gpus.latest, pilot.gpu_signals.parts)
+    for alarm in (*pilot.watch.firing.values(), *pilot.devices.firing.values()):
         sheet.add("alert_firing", 1.0, alarm.name, alarm.severity)
     for (receiver, outcome), count in flight.outbox.outcomes.items():
         sheet.add("webhook_deliveries", count, receiver, outcome)

@@ -4,10 +4,11 @@ A signal without a value has its reason instead, never a zero. Infinity, which J
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from kvpilot.adapters.actuator import Actuator
-from kvpilot.alerts.watch import EngineWatch, describe
+from kvpilot.alerts.watch import Alarm, describe
 from kvpilot.clock import NS
 from kvpilot.flight import Flight
 from kvpilot.journal.records import format_scope
@@ -49,7 +50,7 @@ def status(flight: Flight) -> dict[str, Any]:
     if tick is not None:
         described["at_wall_ns"] = tick.wall_ns
         described["engine"] = _engine(tick, name)
-        described["alerts"] = _alerts(pilot.watch, tick)
+        described["alerts"] = _alerts([*pilot.watch.firing.values(), *pilot.devices.firing.values()], tick)
         described["inputs"] = _inputs(tick)
         described["rules"] = _rules(tick, pilot.policies)
         described["leases"] = _leases(tick, pilot.actuator)
@@ -85,7 +86,7 @@ def _engine(tick: Tick, name: str) -> dict[str, Any]:
     }
 
 
-def _alerts(watch: EngineWatch, tick: Tick) -> list[dict[str, Any]]:
+def _alerts(firing: Iterable[Alarm], tick: Tick) -> list[dict[str, Any]]:
     return [
         {
             "name": alarm.name,
@@ -94,7 +95,7 @@ def _alerts(watch: EngineWatch, tick: Tick) -> list[dict[str, Any]]:
             "description": alarm.description,
             "for_s": (tick.at_ns - alarm.since_ns) / NS,
         }
-        for alarm in watch.firing.values()
+        for alarm in firing
     ]
 
 

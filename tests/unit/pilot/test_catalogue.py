@@ -9,6 +9,7 @@ from link_pages import manifest
 from typer.testing import CliRunner
 
 from kvpilot.adapters.condition import CONDITION_SIGNALS
+from kvpilot.adapters.gpu_signals import GPU_SIGNALS
 from kvpilot.adapters.known_engines import KNOWN
 from kvpilot.commands import app
 from kvpilot.forecast.forecaster import Forecaster
@@ -61,7 +62,7 @@ def test_every_row_reads_in_a_terminal(columns: int) -> None:
 
 
 def test_a_forecast_is_an_engines_where_all_that_it_is_made_of_is() -> None:
-    assert {*FORECAST_NEEDS, *CONDITION_SIGNALS} == {
+    assert {*FORECAST_NEEDS, *CONDITION_SIGNALS, *GPU_SIGNALS} == {
         name for name, signal in SIGNALS.items() if signal.provider == "pilot"
     }
     rows = {row.name: row for row in signal_rows()}
