@@ -4,6 +4,7 @@ import pytest
 from pilot_world import MemoryValve, World, manifest
 
 from kvpilot.adapters.condition import CONDITION_SIGNALS
+from kvpilot.adapters.gpu_signals import GPU_SIGNALS
 from kvpilot.adapters.readings import DERIVED, FIELD_OF, HISTOGRAM_OF
 from kvpilot.adapters.valves import VALVE_SIGNALS
 from kvpilot.adapters.windows import Reading
@@ -11,11 +12,12 @@ from kvpilot.forecast.outlook import FORECAST_SIGNALS
 from kvpilot.link.fields import HORIZONS, STEP_FIELDS
 from kvpilot.signals import SIGNALS, Missing
 
+PILOTS_OWN = (*CONDITION_SIGNALS, *GPU_SIGNALS)
 DEMAND = tuple(f"demand_{horizon}_p90_blocks" for horizon in HORIZONS)
 
 
 def test_every_signal_has_exactly_one_source() -> None:
-    sources = [*FIELD_OF, *DERIVED, *HISTOGRAM_OF, *VALVE_SIGNALS, *FORECAST_SIGNALS, *CONDITION_SIGNALS]
+    sources = [*FIELD_OF, *DERIVED, *HISTOGRAM_OF, *VALVE_SIGNALS, *FORECAST_SIGNALS, *PILOTS_OWN]
     assert sorted(sources) == sorted(SIGNALS)
     assert set(FIELD_OF.values()) <= set(STEP_FIELDS)
 
