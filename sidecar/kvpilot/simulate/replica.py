@@ -85,6 +85,7 @@ class Replica:
             self._domain,
             piloted=cockpit is not None,
         )
+        self._offered = 0
         if cockpit is not None:
             pages.engines.append(self.engine.page)
             pages.valve_pages.append(self.valve.page)
@@ -110,12 +111,18 @@ class Replica:
             self.offer(arrival)
             last_s = arrival.at_s
         self.fly_to(last_s)
-        while self.clients.open and self.now_s < last_s + drain_s:
+        while self._open and self.now_s < last_s + drain_s:
             self._turn(last_s + drain_s)
         return self.land()
 
+    @property
+    def _open(self) -> int:
+        """Arrivals without an outcome, those that are still to come among them."""
+        return self._offered - len(self.outcomes)
+
     def offer(self, arrival: Arrival) -> None:
         """It comes at its time, or at once where that has passed."""
+        self._offered += 1
         self.agenda.at(START_NS + arrival.at_ns, partial(self.clients.arrive, arrival))
 
     def fly_to(self, at_s: float) -> None:
