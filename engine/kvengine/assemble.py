@@ -76,8 +76,7 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
         precisions=config.precisions,
         heavy_hitters=config.heavy_hitters,
     )
-    scheduler, limits = _scheduler(config, memory_plan, max_model_len)
-    lengths = LengthPredictor(limits.tokens)
+    scheduler, limits, lengths = _scheduler(config, memory_plan, max_model_len)
     core = Core(
         scheduler, executor, limits, Tokenizer.load(config.model).eos_ids, lengths, clock, _offer(config)
     )
@@ -103,14 +102,19 @@ def _device_uuids(device: str) -> tuple[str, ...]:
     return (str(torch.cuda.get_device_properties(device).uuid),)
 
 
-def _scheduler(config: EngineConfig, memory_plan: Plan, max_model_len: int) -> tuple[Scheduler, Limits]:
+def _scheduler(
+    config: EngineConfig, memory_plan: Plan, max_model_len: int
+) -> tuple[Scheduler, Limits, LengthPredictor]:
     pool, pinned = BlockPool(memory_plan.blocks), int(memory_plan.blocks * config.pinned_share)
     tree = None
     if config.prefix_cache:
         tree = PrefixTree(pool, config.block_size, config.name, max_pinned_blocks=pinned)
     # What may be pinned is no request's: one that needs it would wait for ever.
     limits = Limits(max_model_len, memory_plan.kv_tokens - pinned * config.block_size)
-    return Scheduler(pool, config.block_size, len(config.classes), tree, config.precisions), limits
+    lengths = LengthPredictor(limits.tokens)
+    ahead = lengths if config.admission == "predicted" else None
+    scheduler = Scheduler(pool, config.block_size, len(config.classes), tree, config.precisions, ahead)
+    return scheduler, limits, lengths
 
 
 def _offer(config: EngineConfig) -> Offer:

@@ -74,9 +74,10 @@ def serve(
     ] = None,
     max_running: Annotated[int, typer.Option(help="Most requests that hold KV.")] = 64,
     speculative_tokens: Annotated[int, typer.Option(help="Drafts a sequence and step; 0 is off.")] = 4,
-    watermark: Annotated[
-        float, typer.Option(help="Share of KV in use up to which requests are admitted.")
-    ] = 1.0,
+    watermark: Annotated[float, typer.Option(help="Share of KV up to which requests are admitted.")] = 1.0,
+    admission: Annotated[
+        str, typer.Option(help="What the watermark bounds: predicted peak of KV demand, or held now.")
+    ] = "predicted",
     kv_dtype: Annotated[str, typer.Option(help="Of the KV pool: fp32, bf16, fp8, int8 or int4.")] = "fp32",
     kv_eight_bits: Annotated[
         str, typer.Option(help="What a lease of 8 bits stores KV in: int8 or fp8.")
@@ -125,6 +126,7 @@ def serve(
             max_running=max_running,
             speculative_tokens=speculative_tokens,
             admission_watermark=watermark,
+            admission=admission,  # type: ignore[arg-type]
             kv_dtype=kv_dtype,
             kv_eight_bits=kv_eight_bits,  # type: ignore[arg-type]
             max_model_len=max_model_len,

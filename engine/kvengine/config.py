@@ -43,6 +43,8 @@ class EngineConfig:
     max_running: int = 64
     speculative_tokens: int = 4
     admission_watermark: float = 1.0
+    admission: Literal["predicted", "held"] = "predicted"
+    """What the watermark is held against: the predicted peak of KV demand, or what is held now."""
     max_model_len: int | None = None
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
@@ -83,6 +85,8 @@ class EngineConfig:
             raise ConfigError(f"kv_eight_bits={self.kv_eight_bits}: choose int8 or fp8")
         if self.speculative_tokens > 16:
             raise ConfigError(f"speculative_tokens={self.speculative_tokens}: at most 16")
+        if self.admission not in ("predicted", "held"):
+            raise ConfigError(f"admission={self.admission}: choose predicted or held")
         if self.kv_fraction is not None and not 0 < self.kv_fraction <= 1:
             raise ConfigError(
                 f"kv_fraction={self.kv_fraction}: a share of what the weights leave, above 0 and at most 1"

@@ -49,7 +49,14 @@ def build_manifest(
         ),
         _knob("speculative_tokens", 0, config.speculative_tokens, config.speculative_tokens, AT_STEP),
         _knob("max_running", 1, config.max_running, config.max_running, f"{AT_STEP}; lowering it drains"),
-        _knob("admission_watermark", 0.05, 1.0, config.admission_watermark, AT_STEP, granularity=0.01),
+        _knob(
+            "admission_watermark",
+            0.05,
+            1.0,
+            config.admission_watermark,
+            f"to what is {'held now' if config.admission == 'held' else 'predicted to be held'}, {AT_STEP}",
+            granularity=0.01,
+        ),
         _knob(
             "kv_element_bits",
             narrowest.bits,
