@@ -21,6 +21,8 @@ VARIABLE = re.compile(r"\$\{(\w+)(?::\w+)?\}|\$(\w+)")
 RATE_WINDOW = "5s"
 """Grafana's is four scrapes at least; the lab scrapes once a second."""
 STEP_S = 1
+REQUIRED = ("cluster", "model", "engine", "rank")
+"""Choices that must be there wherever a pilot flies."""
 
 
 class Unknown(Exception):
@@ -38,6 +40,8 @@ class Target:
     legend: str
     fields: tuple[str, ...]
     """Columns of a table that come from labels."""
+    repeat: str
+    """The variable for each of whose values there is such a panel; empty for one panel."""
     needs: str
     sparse: bool
 
@@ -83,6 +87,7 @@ def targets(board: Board, dashboard: Mapping[str, Any]) -> list[Target]:
                 target["expr"],
                 target["legendFormat"],
                 fields,
+                source.repeat,
                 source.needs,
                 query.sparse,
             )
@@ -104,6 +109,15 @@ async def values(lab: Lab, dashboard: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def each(target: Target, found: Mapping[str, str]) -> list[str]:
+    """The target's queries: one, or one for each panel that Grafana makes of a repeated one."""
+    if not target.repeat:
+        return [substitute(target.expr, found)]
+    return [
+        substitute(target.expr, {**found, target.repeat: value}) for value in found[target.repeat].split("|")
+    ]
+
+
 def faults(target: Target, answer: Mapping[str, Any]) -> list[str]:
     """What is wrong with Prometheus's answer to a target; nothing is wrong with one that rightly is empty."""
     if answer["status"] != "success":
@@ -121,3 +135,21 @@ def faults(target: Target, answer: Mapping[str, Any]) -> list[str]:
         if not all(math.isfinite(float(value)) for _, value in one["values"]):
             said.add(f"{target}: not a number, or without end")
     return sorted(said)
+
+
+async def verdict(lab: Lab, board: Board, begin_s: float, end_s: float) -> list[str]:
+    """What is wrong with a board's panels and annotations over these Unix seconds, one line each."""
+    dashboard = load(board)
+    found = await values(lab, dashboard)
+    said: list[str] = [f"{board.name}: ${name} has no choice" for name in REQUIRED if not found.get(name, "")]
+    span = {"start": begin_s, "end": end_s, "step": STEP_S}
+    for target in targets(board, dashboard):
+        for expr in each(target, found):
+            said += faults(target, await lab.query("query_range", query=expr, **span))
+    for annotation in dashboard["annotations"]["list"]:
+        answer = await lab.query("query_range", query=substitute(annotation["expr"], found), **span)
+        if answer["status"] != "success":
+            said.append(f"{board.name}, annotation {annotation['name']}: {answer['error']}")
+        elif annotation["name"] == "Decisions" and not answer["data"]["result"]:
+            said.append(f"{board.name}: no decision is annotated")
+    return said

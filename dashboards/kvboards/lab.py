@@ -1,7 +1,8 @@
 """A live engine and pilot under load with a real Prometheus beside them: what dashboards are held to.
 
-The shipped model, two classes, four tenants, targets tight enough that rules act on any machine, and one rule
-that is always shadowed, so that every part of every dashboard has something to show within seconds.
+The shipped model, two classes, four tenants, targets tight enough that rules act on any machine, a rule that
+is only shadowed and one that is always judged: so every part of every dashboard has something to show within
+seconds.
 """
 
 import asyncio
@@ -44,6 +45,21 @@ spec:
       keepFor: 500ms
       do: [{knob: prefill_chunk_tokens, set: 64}]
 """
+JUDGED = """\
+apiVersion: kvpilot.dev/v1alpha1
+kind: Policy
+metadata: {name: squeeze}
+spec:
+  inputs:
+    running: {signal: requests_running}
+  rules:
+    - name: fewer-at-once
+      when: running > 5.0
+      until: running < 4.0
+      do: [{knob: max_running, set: 4}]
+      verify: {input: running, falls: 10%, within: 1s}
+"""
+"""Its effect is judged within a second of each change."""
 SMALL_TARGETS = {"ttft": 0.4, "itl": 0.012}
 """Seconds; below what any small machine keeps in a burst, so that the latency rules act."""
 
@@ -79,6 +95,7 @@ class Lab:
         for policy in (ROOT / "policies").glob("*.yaml"):
             (self.folder / "policies" / policy.name).write_text(policy.read_text())
         (self.folder / "policies" / "rehearsal.yaml").write_text(SHADOWED)
+        (self.folder / "policies" / "squeeze.yaml").write_text(JUDGED)
         pilot = {
             "callers": "callers.json",
             "policies": "policies",
@@ -177,7 +194,8 @@ async def _prometheus(lab: Lab) -> asyncio.subprocess.Process:
         if child.returncode is not None:
             raise RuntimeError(f"prometheus ended with {child.returncode}: is its configuration right?")
         with contextlib.suppress(httpx.HTTPError):
-            await lab.query("status/buildinfo")
-            return child
+            async with httpx.AsyncClient(timeout=2.0, trust_env=False) as http:
+                if (await http.get(f"{lab.url}/-/ready")).status_code == 200:
+                    return child
         await lab.clock.sleep_until(lab.clock.monotonic_ns() + NS // 10)
     raise RuntimeError("prometheus did not answer within 30 s")

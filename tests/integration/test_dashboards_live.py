@@ -1,0 +1,61 @@
+"""Every query of every committed dashboard, over a real Prometheus that scrapes a live engine and pilot.
+
+Panels that say that they need a GPU may be empty here; nothing else may, and nothing may be NaN.
+"""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from kvboards import check
+from kvboards.generate import BOARDS
+from kvboards.lab import Lab, flying
+from kvpilot.clock import NS
+
+LOAD_S, LOAD = 6.0, 1.8
+LOOK_BACK_S = 5.0
+
+
+async def fly(folder: Path) -> dict[str, list[str]]:
+    async with flying(folder) as lab:
+        await lab.drive(lab.arrivals(LOAD_S, LOAD), drain_s=0.2)
+        end_s = lab.clock.wall_ns() / NS
+        said = {board.name: await check.verdict(lab, board, end_s - LOOK_BACK_S, end_s) for board in BOARDS}
+        said["that can fail"] = await spoilt(lab, end_s)
+        said["rules"] = await unhealthy(lab)
+        return said
+
+
+async def spoilt(lab: Lab, end_s: float) -> list[str]:
+    """Three queries that are wrong in the three ways that must be noticed."""
+    wrong = {
+        "no data": check.Target("x", "x", "A", "kvpilot_no_such_metric", "", (), "", "", False),
+        "no label 'klass'": check.Target(
+            "x", "x", "A", "kvpilot_offered_total", "{{klass}}", (), "", "", False
+        ),
+        "not a number": check.Target("x", "x", "A", "0 * kvpilot_steps_total / 0", "", (), "", "", False),
+    }
+    missed = []
+    for sign, target in wrong.items():
+        answer = await lab.query("query_range", query=target.expr, start=end_s - 2, end=end_s, step=1)
+        if not any(sign in fault for fault in check.faults(target, answer)):
+            missed.append(f"{target.expr} passed")
+    return missed
+
+
+async def unhealthy(lab: Lab) -> list[str]:
+    """Rules that Prometheus cannot evaluate over real series."""
+    groups = (await lab.query("rules"))["data"]["groups"]
+    return [
+        f"{rule['name']}: {rule['lastError']}"
+        for group in groups
+        for rule in group["rules"]
+        if rule["health"] == "err"
+    ]
+
+
+@pytest.mark.needs_program("prometheus")
+def test_every_panel_shows_what_it_says_over_a_live_engine(tmp_path: Path) -> None:
+    said = asyncio.run(asyncio.wait_for(fly(tmp_path), timeout=110))
+    assert {name: faults for name, faults in said.items() if faults} == {}
