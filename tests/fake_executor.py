@@ -5,6 +5,7 @@ was never written, or that holds anything but this tenant's own text up to there
 copies, preemption and rollback are tested without weights.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,13 @@ def expected_output(prompt: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(continuation(tokens))
     return tokens[len(prompt) :]
+
+
+def log_probabilities(tokens: Sequence[int]) -> list[tuple[int, float]]:
+    """What may follow for a beam, every token of it, likeliest first: 0, an end to some, and letters."""
+    text = bytes(tokens)
+    ranked = [(token, -zlib.crc32(text + bytes([token])) / 2**30) for token in (0, *range(97, 123))]
+    return sorted(ranked, key=lambda one: -one[1])
 
 
 def _held(tokens: Sequence[int], tenant: str | None) -> list[tuple[str | None, int]]:
@@ -92,6 +100,8 @@ class FakeExecutor:
         """Accepts up to `accepted` drafts; those after them are written to KV and rejected, as in life."""
         request = item.request
         tokens = list(request.tokens)
+        if request.group is not None:
+            return SliceResult([], candidates=log_probabilities(tokens)[: request.group.wanted])
         accepted = min(item.drafts, self._accepted)
         for index in range(accepted + 1):
             tokens.append(continuation(tokens))

@@ -119,8 +119,9 @@ class Answer:
     def whole(self) -> Chunk:
         """The complete answer, once done."""
         best = sorted(self._choices, key=lambda choice: -choice.score)[: self._body.choices]
-        if len(self._choices) == self._body.choices:
-            best = self._choices
+        if self._body.use_beam_search or len(self._choices) == self._body.choices:
+            # Beams come in order.
+            best = self._choices[: self._body.choices]
         answer = {
             **self._base,
             "object": self._object(stream=False),

@@ -5,7 +5,8 @@ more a step → ended, in exactly one of the ways that `Totals` counts. Preempti
 loses no token.
 
 A request may bring forks: continuations of the same prompt. Each counts as a request of its own; it begins
-when its prompt has been computed once, and shares those blocks.
+when its prompt has been computed once, and shares those blocks. Or it brings a group of beams, which end, are
+cancelled and fail together; see `sched.beam`.
 
 Nothing here knows processes, sockets or torch: an executor computes, a clock tells the time, and the caller
 sends what `Step` holds wherever it should go. O(slices of the step).
@@ -18,6 +19,7 @@ from typing import Protocol
 from kvengine.errors import DeviceOutOfMemory
 from kvengine.kv.eviction.policy import Offer
 from kvengine.request import Request
+from kvengine.sched import beam
 from kvengine.sched.admission import Limits, refusal
 from kvengine.sched.batch import Batch, Slice, SliceResult
 from kvengine.sched.scheduler import Knobs, Scheduler
@@ -99,6 +101,9 @@ class Core:
         if reason is None and request.eviction is not None:
             reason = self._offer.refusal(request.eviction)
         family = [request, *request.forks]
+        if request.group is not None:
+            family = request.group.family
+            reason = reason or self._too_wide(request, len(family))
         if reason is not None:
             for _ in family:
                 self.count_rejected()
@@ -115,14 +120,14 @@ class Core:
 
     def cancel(self, request_id: int) -> None:
         """Its client went away. Nothing happens if it has ended already: the two crossed."""
-        if request_id in self.requests:
+        for request in self._company(request_id):
             self.totals.cancelled += 1
-            self._forget(self.requests[request_id])
+            self._forget(request)
 
     def stop(self, request_id: int) -> None:
         """Its text reached a stop string: it finished. Nothing happens if it has ended already."""
-        if request_id in self.requests:
-            self._finish(self.requests[request_id])
+        for request in self._company(request_id):
+            self._finish(request)
 
     def step(self, knobs: Knobs) -> Step:
         """Schedule, execute, commit. Never raises for what an executor does; its requests fail."""
@@ -159,6 +164,12 @@ class Core:
         if not item.samples:
             self.scheduler.tables.register(request)
             return
+        if request.group is not None:
+            self.scheduler.tables.register(request)
+            request.group.hold(request, result.candidates)
+            if request.group.ready:
+                self._move(step, request.group)
+            return
         tokens, finish = self._cut(request, result.tokens)
         request.tokens += tokens
         self.scheduler.tables.register(request)
@@ -173,6 +184,21 @@ class Core:
             self._emit(step, fork, begun, ended)
         request.forks = []
         self._emit(step, request, tokens, finish)
+
+    def _move(self, step: Step, group: beam.BeamGroup) -> None:
+        """All beams of a group have their candidates: on to the next token, or to the end."""
+        heirs = group.choose(self._eos)
+        if heirs:
+            group.move(heirs, self.scheduler)
+            for one in group.live:
+                self._emit(step, one, one.tokens[-1:], None)
+        else:
+            group.settle(self.scheduler)
+            for one, hypothesis in zip(group.family, group.finished, strict=True):
+                self._emit(step, one, one.tokens[-1:], hypothesis.finish)
+        for one in group.family:
+            # Who carries no beam now emits with the others when it does.
+            one.last_emitted_ns = step.ended_ns
 
     def _emit(self, step: Step, request: Request, tokens: list[int], finish: str | None) -> None:
         self.totals.decode_tokens += len(tokens)
@@ -193,14 +219,33 @@ class Core:
     def _fail(self, step: Step, status: int, message: str) -> None:
         step.ended_ns = self._clock.monotonic_ns()
         for item in step.batch.slices:
+            if item.request.id not in self.requests:  # It has failed with its group.
+                continue
             # Its draft KV may have been half written; nobody else may rely on it.
             item.request.draft_computed = 0
+            group = item.request.group
             family, item.request.forks = [item.request, *item.request.forks], []
+            family = family if group is None else group.family
             for request in family:
                 self.totals.failed += 1
                 step.failures.append(Failure(request, status, message))
                 del self.requests[request.id]
-            self.scheduler.remove(item.request)
+            if group is None:
+                self.scheduler.remove(item.request)
+            else:
+                group.dissolve(self.scheduler)
+
+    def _company(self, request_id: int) -> list[Request]:
+        """Who leaves with this one, itself included; nobody if it has ended already."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return []
+        return [request] if request.group is None else request.group.family
+
+    def _too_wide(self, request: Request, width: int) -> str | None:
+        size = self.scheduler.block_size
+        blocks = self._limits.pool_tokens // size
+        return beam.refusal(len(request.prompt), request.sampling.max_tokens, width, size, blocks)
 
     def _finish(self, request: Request) -> None:
         self.totals.finished += 1
@@ -209,6 +254,9 @@ class Core:
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.id]
+        if request.group is not None:
+            request.group.dissolve(self.scheduler)
+            return
         if request.parent is not None:
             request.parent.forks.remove(request)
             return

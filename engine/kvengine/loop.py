@@ -4,9 +4,9 @@ One iteration is a *step boundary*: leases are read and expire here, arrivals an
 here, and nowhere else. Nothing in it blocks on the API process, and it ends when that process does.
 
 Messages from the API process: `["add", id, prompt, sampling, level, tenant, received_ns, choices, pin,
-eviction]` (of several choices the others have the ids, and seeds, that follow), `["cancel", id]` (the client
-went away), `["stop", id]` (its text reached a stop string), `["reject", 0]` (one was refused before it came
-here).
+eviction]` (of several choices the others have the ids, and seeds, that follow; beams are choices that come
+whole, best first), `["cancel", id]` (the client went away), `["stop", id]` (its text reached a stop string),
+`["reject", 0]` (one was refused before it came here).
 To it: `["out", emitted_ns, [[id, tokens, finish or null, first_scheduled_ns, preemptions, logprob], ...]]`
 and `["fail", id, status, message]`.
 """
@@ -21,6 +21,7 @@ from kvengine.core import Core, Step
 from kvengine.errors import ChannelClosed
 from kvengine.kv.eviction.policy import UNDER_PRESSURE, Eviction
 from kvengine.request import Request, SamplingParams
+from kvengine.sched.beam import BeamGroup
 from kvengine.sched.scheduler import Knobs
 from kvengine.telemetry import Telemetry
 from kvpilot.clock import NS, Clock
@@ -109,7 +110,7 @@ class EngineLoop:
         eviction: dict[str, Any] | None = None,
     ) -> None:
         evicts = Eviction.from_wire(eviction)
-        if evicts is None and tenant in self._evict_tenants:
+        if evicts is None and tenant in self._evict_tenants and not sampling.get("beams"):
             evicts = UNDER_PRESSURE
         first, *others = [
             Request(
@@ -124,7 +125,10 @@ class EngineLoop:
             )
             for number in range(choices)
         ]
-        first.add_forks(others)
+        if first.sampling.beams:
+            BeamGroup([first, *others])
+        else:
+            first.add_forks(others)
         reason = self._core.accept(first)
         if reason is not None:
             for request in (first, *others):
@@ -134,13 +138,15 @@ class EngineLoop:
         rows = [
             (
                 e.request.id,
-                e.tokens,
+                e.tokens if e.request.group is None else e.request.tokens[len(e.request.prompt) :],
                 e.finish,
                 e.request.first_scheduled_ns,
                 e.request.preemptions,
                 e.request.logprob,
             )
             for e in step.emissions
+            # Which beams were worth telling is known at the end.
+            if e.request.group is None or e.finish is not None
         ]
         if rows:
             self._channel.send(["out", step.ended_ns, rows])

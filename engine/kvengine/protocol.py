@@ -16,9 +16,10 @@ MAX_CHOICES = 128
 """OpenAI's own limit; an engine's is what it runs at once, if that is less."""
 COMPLETION_MAX_TOKENS = 16
 """What a completion without max_tokens gets; OpenAI's default."""
+MAX_LENGTH_PENALTY = 10.0
+"""Powers of a length beyond this leave the range of floats for long texts."""
 
 _REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
-    "use_beam_search": (None, False),
     "echo": (None, False),
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
@@ -86,6 +87,11 @@ class Body(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    use_beam_search: bool | None = False
+    """Of vLLM's former API, with `length_penalty` and `early_stopping`: best_of beams, the best n of them."""
+    length_penalty: float | None = Field(default=None, ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)
+    early_stopping: bool | Literal["never"] | None = None
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     ignore_eos: bool = False
     """Extension: go on to max_tokens whatever the model says."""
     kvpilot_times: bool = False
@@ -121,6 +127,33 @@ class Body(BaseModel):
             raise ValueError("kvpilot_times tells the times of one choice: leave out n and best_of")
         return self
 
+    @model_validator(mode="after")
+    def _best_of_what_is_whole(self) -> "Body":
+        if self.best_of is not None and self.best_of < self.choices:
+            raise ValueError(f"best_of={self.best_of} is less than n={self.choices}")
+        if self.use_beam_search:
+            self._check_beams()
+            return self
+        if self.length_penalty not in (None, 1.0) or self.early_stopping not in (None, False):
+            raise ValueError(
+                "length_penalty and early_stopping need use_beam_search: set it, or leave them out"
+            )
+        if self.stream and self.candidates > self.choices:
+            raise ValueError("best_of cannot be streamed: which is best is known at the end")
+        return self
+
+    def _check_beams(self) -> None:
+        if self.stream:
+            raise ValueError("use_beam_search cannot be streamed: which beams are best is known at the end")
+        if self.candidates < 2:
+            raise ValueError("use_beam_search needs the number of beams: set best_of (or n) to 2 or more")
+        if self.temperature or self.top_p not in (None, 1.0):
+            raise ValueError("use_beam_search draws nothing: leave out temperature and top_p, or set 0 and 1")
+        if self.stops:
+            raise ValueError("stop with use_beam_search is not supported; leave it out")
+        if self.kvpilot_evict is not None:
+            raise ValueError("kvpilot_evict with use_beam_search: beams keep all of their KV; leave one out")
+
     @property
     def choices(self) -> int:
         """How many answers the client gets."""
@@ -129,7 +162,7 @@ class Body(BaseModel):
     @property
     def candidates(self) -> int:
         """How many are generated; the best of them are the choices."""
-        return self.choices
+        return self.best_of or self.choices
 
     @property
     def stops(self) -> list[str]:
@@ -152,21 +185,6 @@ B = TypeVar("B", bound=Body)
 
 class CompletionBody(Body):
     prompt: str | list[int]
-    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-
-    @model_validator(mode="after")
-    def _best_of_what_is_whole(self) -> "CompletionBody":
-        if self.best_of is None:
-            return self
-        if self.best_of < self.choices:
-            raise ValueError(f"best_of={self.best_of} is less than n={self.choices}")
-        if self.stream and self.best_of > self.choices:
-            raise ValueError("best_of cannot be streamed: which is best is known at the end")
-        return self
-
-    @property
-    def candidates(self) -> int:
-        return self.best_of or self.choices
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -206,7 +224,6 @@ class ChatMessage(BaseModel):
 
 class ChatBody(Body):
     messages: list[ChatMessage] = Field(min_length=1)
-    best_of: Literal[1] | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     @property
@@ -227,6 +244,16 @@ def parse(kind: type[B], data: bytes) -> B:
 
 def sampling(body: Body, max_tokens: int, seed: int) -> dict[str, Any]:
     """The fields of SamplingParams; `seed` is for requests that bring none."""
+    if body.use_beam_search:
+        return {
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "ignore_eos": body.ignore_eos,
+            "scored": True,
+            "beams": body.candidates,
+            "length_penalty": 1.0 if body.length_penalty is None else body.length_penalty,
+            "early_stopping": body.early_stopping or False,
+        }
     return {
         "max_tokens": max_tokens,
         "temperature": 1.0 if body.temperature is None else body.temperature,

@@ -2,7 +2,9 @@
 
 The scheduler's block tables own `blocks`, `computed` and what follows from the prefix tree, the core owns
 `tokens` and the times, the executor touches `draft_computed` only. `tokens` only ever grows: preemption
-throws away computed positions, never a token.
+throws away computed positions, never a token. A request that carries beams (see `sched.beam`) is the
+exception: it may take over another's text, and once it has brought its candidates all of its tokens are
+computed.
 
 Invariants between steps: `computed <= len(tokens) - 1` once anything was emitted, `blocks` covers
 `computed - evicted` positions, and `draft_computed <= computed`.
@@ -11,9 +13,12 @@ Invariants between steps: `computed <= len(tokens) - 1` once anything was emitte
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvengine.kv.eviction.policy import Eviction
+
+if TYPE_CHECKING:
+    from kvengine.sched.beam import BeamGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,11 @@ class SamplingParams:
     ignore_eos: bool = False
     scored: bool = False
     """Whether to sum up the log-probability of what was chosen; such a request is not drafted for."""
+    beams: int = 0
+    """Width of its beam search, which is scored; 0 is sampling."""
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    """Of beams; see `sched.beam`. A string is "never"."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +66,8 @@ class Request:
     """Continuations of the same prompt that begin, on the same blocks, once it is computed; then empty."""
     parent: "Request | None" = None
     """Of a fork, until it begins."""
+    group: "BeamGroup | None" = None
+    """Whose beam it carries, or may."""
     blocks: list[int] = field(default_factory=list)
     """Block table: block `i` holds positions `i * block_size * packing` and on, after those evicted."""
     packing: int = 1
@@ -106,6 +118,11 @@ class Request:
     def stored(self) -> int:
         """Positions whose KV it holds."""
         return self.computed - self.evicted
+
+    @property
+    def promised(self) -> int:
+        """Sequences that are to run beside it, once it has computed what they share."""
+        return len(self.forks) if self.group is None else self.group.promised(self)
 
     @property
     def output_count(self) -> int:

@@ -130,6 +130,12 @@ class Server:
             raise BadRequest(
                 f"{name}={body.candidates}: this engine runs {self._model.max_choices} at once.", param=name
             )
+        if body.use_beam_search and 2 * body.candidates > self._model.vocabulary:
+            raise BadRequest(
+                f"best_of={body.candidates}: a vocabulary of {self._model.vocabulary} tokens is enough for "
+                f"{self._model.vocabulary // 2} beams.",
+                param="best_of",
+            )
         level, tenant = self._tag(request)
         generations = self._engine.submit(
             prompt,

@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
+from beam_reference import beam_search
 from fake_engine import MODEL, FakeEngine, eventually, fake_engine
-from fake_executor import expected_output
+from fake_executor import expected_output, log_probabilities
 
 from kvengine.errors import DeviceOutOfMemory
 
@@ -120,6 +121,57 @@ def test_best_of_returns_the_likeliest_a_token(engine: FakeEngine) -> None:
     assert post(engine, prompt="x", best_of=2, stream=True).status_code == 400
 
 
+def test_beams_come_whole_and_in_order(engine: FakeEngine) -> None:
+    """What vLLM's former API means by the fields: best_of beams, of which the best n are told."""
+    search = {"use_beam_search": True, "best_of": 4, "length_penalty": 0.5, "early_stopping": "never"}
+    answer = post(engine, prompt="once", max_tokens=6, n=2, temperature=0, **search).json()
+    best = beam_search(log_probabilities, list(b"once"), 4, 6, length_penalty=0.5, early_stopping="never")
+    assert [choice["text"] for choice in answer["choices"]] == [
+        bytes(one.output).decode() for one in best[:2]
+    ]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 24, "total_tokens": 28}
+    eventually(engine.all_blocks_free)
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "n": 3, "use_beam_search": True}
+    with engine.http() as http:
+        choices = http.post("/v1/chat/completions", json=chat).json()["choices"]
+    assert len({choice["message"]["content"] for choice in choices}) == 3
+    assert engine.core.totals.finished == engine.core.totals.arrivals == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n": 2, "stream": True}, "use_beam_search cannot be streamed"),
+        ({}, "set best_of (or n) to 2 or more"),
+        ({"n": 2, "temperature": 0.7}, "use_beam_search draws nothing"),
+        ({"n": 2, "top_p": 0.9}, "use_beam_search draws nothing"),
+        ({"n": 2, "stop": "x"}, "stop with use_beam_search is not supported"),
+        ({"n": 2, "kvpilot_evict": {"policy": "h2o"}}, "beams keep all of their KV"),
+        ({"n": 2, "length_penalty": 99}, "length_penalty"),
+        ({"n": 2, "early_stopping": "soon"}, "early_stopping"),
+        ({"n": 3, "best_of": 2}, "best_of=2 is less than n=3"),
+        ({"n": 40, "max_tokens": 400}, "40 beams of 4 prompt tokens and 400 more need up to 4001 KV blocks"),
+    ],
+)
+def test_beams_that_cannot_be_served_are_refused_in_one_line(
+    shared: FakeEngine, fields: dict[str, Any], words: str
+) -> None:
+    response = post(shared, prompt="once", use_beam_search=True, **{"max_tokens": 8} | fields)
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]
+
+
+def test_all_beams_are_cancelled_when_the_client_leaves(engine: FakeEngine) -> None:
+    engine.hold()
+    body = {"prompt": "once", "max_tokens": 100, "n": 3, "use_beam_search": True}
+    with engine.http() as http, pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json=body, timeout=0.5)
+    engine.free()
+    eventually(engine.all_blocks_free)
+    assert engine.core.totals.cancelled == 3
+
+
 def test_every_choice_is_cancelled_when_the_client_leaves(engine: FakeEngine) -> None:
     with (
         engine.http() as http,
@@ -228,7 +280,7 @@ def test_times_are_told_to_nobody_else(shared: FakeEngine) -> None:
         ({"prompt": "x", "n": 65}, "n=65: this engine runs 64 at once"),
         ({"prompt": "x", "n": 3, "best_of": 2}, "best_of=2 is less than n=3"),
         ({"prompt": "x", "n": 2, "kvpilot_times": True}, "leave out n and best_of"),
-        ({"prompt": "x", "use_beam_search": True}, "use_beam_search=true is not supported"),
+        ({"prompt": "x", "length_penalty": 2.0}, "length_penalty and early_stopping need use_beam_search"),
         ({"prompt": "x", "logprobs": 5}, "logprobs=5 is not supported"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "max_tokens": "5"}, "max_tokens"),

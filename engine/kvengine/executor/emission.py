@@ -45,6 +45,30 @@ def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
 def sampled(logits: Tensor, slices: Sequence[Slice]) -> dict[int, SliceResult]:
     """The result of each slice, by its id, from its row of `logits`; a request's forks draw from the same."""
+    beams = [row for row, piece in enumerate(slices) if piece.request.group is not None]
+    if not beams:
+        return _drawn(logits, slices)
+    results = _searched(logits[torch.tensor(beams, device=logits.device)], [slices[row] for row in beams])
+    others = [row for row, piece in enumerate(slices) if piece.request.group is None]
+    if others:
+        rows = torch.tensor(others, device=logits.device)
+        results |= _drawn(logits[rows], [slices[row] for row in others])
+    return results
+
+
+def _searched(logits: Tensor, slices: Sequence[Slice]) -> dict[int, SliceResult]:
+    """What may follow each beam."""
+    groups = [piece.request.group for piece in slices]
+    counts = [min(group.wanted, logits.shape[1]) for group in groups if group is not None]
+    logprobs, tokens = logits.float().log_softmax(-1).topk(max(counts))
+    rows = zip(slices, counts, tokens.tolist(), logprobs.tolist(), strict=True)
+    return {
+        id(piece): SliceResult([], candidates=list(zip(likeliest, scores, strict=True))[:count])
+        for piece, count, likeliest, scores in rows
+    }
+
+
+def _drawn(logits: Tensor, slices: Sequence[Slice]) -> dict[int, SliceResult]:
     requests = [request for piece in slices for request in (piece.request, *piece.request.forks)]
     if len(requests) > len(slices):
         rows = [row for row, piece in enumerate(slices) for _ in range(1 + len(piece.request.forks))]

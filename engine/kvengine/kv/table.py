@@ -156,6 +156,19 @@ class BlockTables:
         request.evicted += tokens
         self.evicted_tokens_total += tokens
 
+    def join(self, request: Request, other: Request, count: int) -> None:
+        """Begin `other`'s empty table with the first `count` blocks of `request`, all full, or more that are
+        cached: both begin with the same tokens.
+        """
+        self.adopt(other)
+        if len(other.blocks) >= count:
+            return
+        self.clear(other)
+        other.blocks = request.blocks[:count]
+        self.pool.retain(other.blocks)
+        other.computed = count * self.tokens_in_block(request)
+        other.registered = min(count, request.registered)
+
     def clear(self, request: Request) -> None:
         """Give every block back: the request has no valid KV any more."""
         if self.tree is not None:

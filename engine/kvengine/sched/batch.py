@@ -37,6 +37,8 @@ class SliceResult:
     """Of the token, then of those of the forks, where the request asks for scores."""
     block_mass: Sequence[float] = ()
     """Attention that each block has drawn, where the request evicts by it."""
+    candidates: Sequence[tuple[int, float]] = ()
+    """Of a beam, in place of a token: the likeliest next ones with their log-probabilities, best first."""
 
 
 @dataclass(slots=True)

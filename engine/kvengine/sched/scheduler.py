@@ -9,9 +9,9 @@ One step is filled in this order, each under the step's token budget, in whole t
 
 An admitted request begins with what the prefix cache has of it. KV blocks are allocated when a step is about
 to fill them. When there are none, the running request of the
-lowest class that was admitted last gives all of its blocks back and returns to the queue, to be computed
-again (its tokens are kept). Drafts are given up before anybody is preempted, and that last request itself,
-when it lacks a block, waits in place. No torch, no clock.
+lowest class that was admitted last gives all of its blocks back, with all beams of its group, and returns to
+the queue, to be computed again (its tokens are kept). Drafts are given up before anybody is preempted, and
+that last request itself, when it lacks a block, waits in place. No torch, no clock.
 
 Invariants between steps: a request waits or runs, not both; only running requests hold blocks, and each at
 least one; `running` is ordered by class (highest first), then admission; the first of them can always make
@@ -110,6 +110,7 @@ class Scheduler:
         self._evict(knobs.kv_kept_ratio)
         self._schedule_decodes(knobs.speculative_tokens)
         self._schedule_prompts()
+        self._resume_beams()
         self._cover_drafts()
         self._admit(knobs, now_ns)
         self.budget_limited = self._budget_left == 0
@@ -179,10 +180,29 @@ class Scheduler:
         for request in self.running:
             if self._budget_left == 0 or self._prefill_left == 0:
                 return
-            if not _decoding(request):
+            if not _decoding(request) and request.computed < len(request.tokens):
                 while self.tables.reach(request) <= request.computed and self._make_room(request):
                     pass
                 self._serve_chunk(request)
+
+    def _resume_beams(self) -> None:
+        """Bring back the next beam of each group that was preempted, on what it shares with others of it."""
+        leaders = [one for one in self.running if one.group is not None and one.group.resumes(one)]
+        for leader in leaders:
+            if leader.group is None or not leader.blocks:  # Preempted for one before it.
+                continue
+            if self._budget_left == 0 or self._prefill_left == 0:
+                return
+            beam, source, common = leader.group.next_back()
+            beam.packing, beam.admission = leader.packing, leader.admission
+            self.tables.join(source, beam, common // self.tables.tokens_in_block(source))
+            while self.tables.reach(beam) <= beam.computed and self._make_room(leader):
+                pass
+            if self.tables.reach(beam) <= beam.computed:
+                self.tables.clear(beam)
+                continue
+            insort(self.running, beam, key=_rank)
+            self._serve_chunk(beam)
 
     def _serve_chunk(self, request: Request) -> None:
         """Compute as much of a prompt as both budgets and free blocks allow, if that is at least a token."""
@@ -215,8 +235,8 @@ class Scheduler:
 
     def _below_cap(self, request: Request, max_running: int) -> bool:
         """Whether it may run beside the others, and so may its forks; alone they always may."""
-        others = len(self.running) + sum([len(other.forks) for other in self.running])
-        return others + 1 + len(request.forks) <= max_running or not self.running
+        others = len(self.running) + sum([other.promised for other in self.running])
+        return others + 1 + request.promised <= max_running or not self.running
 
     def _fits(self, request: Request, watermark: float) -> bool:
         need, total = blocks_for(len(request.tokens), self.tables.tokens_in_block(request)), self.pool.total
@@ -241,20 +261,29 @@ class Scheduler:
         self._serve_chunk(request)
 
     def _make_room(self, request: Request) -> bool:
-        """Preempt the last in rank; False if that is `request` itself, which then waits in place."""
+        """Preempt the last in rank, with the beams of its group; False if that is `request` itself, or its
+        own group, which then waits in place.
+        """
         self.kv_limited = True
         victim = self.running[-1]
-        if victim is request:
+        group = victim.group
+        if victim is request or (group is not None and group is request.group):
             return False
-        self.running.pop()
+        self._send_back()
+        while group is not None and self.running and self.running[-1].group is group:
+            self._send_back()
+        self.waiting.push(victim if group is None else group.preempted())
+        return True
+
+    def _send_back(self) -> None:
+        """Take everything from the last in rank."""
+        victim = self.running.pop()
         if victim.served_step == self._steps:
             self._unserve(victim)
         victim.recompute_until = max(victim.recompute_until, victim.computed)
         victim.preemptions += 1
         self.preemptions_total += 1
         self.tables.clear(victim)
-        self.waiting.push(victim)
-        return True
 
     def _unserve(self, request: Request) -> None:
         """Take its slice out of the step being built."""
