@@ -233,11 +233,14 @@ EFFECTS = Row(
         Panel(
             "lines",
             "Wait of a request that comes now",
-            "Forecast until it is admitted, in the class for which that is longest: p50 and p90.",
+            "Forecast until it is admitted, in the class for which that is longest: p50 and p90. "
+            "60 s stands for anything longer.",
             (
-                Query(f"max(kvpilot_forecast_queue_wait_seconds{{{SELECT}}})", "p50", EXPECTED),
                 Query(
-                    f"max(kvpilot_forecast_queue_wait_p90_seconds{{{SELECT}}})",
+                    f"clamp_max(max(kvpilot_forecast_queue_wait_seconds{{{SELECT}}}), 60)", "p50", EXPECTED
+                ),
+                Query(
+                    f"clamp_max(max(kvpilot_forecast_queue_wait_p90_seconds{{{SELECT}}}), 60)",
                     "p90",
                     CAUTION,
                     width=1,
