@@ -9,7 +9,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-SHARED = ("frame.py", "run_all.py")
+SHARED = ("frame.py", "run_all.py", "virtual_engine.py")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvengine.kv.table import BlockTables
 from kvengine.request import Request
-from kvengine.sched.peak import PeakDemand
+from kvengine.sched.peak import PESSIMISM, PeakDemand
 from kvpilot.inside.lengths import LengthPredictor
 
 ASK_AGAIN_STEPS = 16
@@ -68,6 +68,8 @@ class PeakAdmission:
     def __init__(self, tables: BlockTables, lengths: LengthPredictor) -> None:
         self._tables = tables
         self._peak = PeakDemand(tables, lengths)
+        self.pessimism = PESSIMISM
+        """Standard normal deviate of the quantile."""
         self._read_in_step = self._admitted_since = 0
         self._refused: tuple[object, ...] = ()
         self._refused_in_step = 0
@@ -87,10 +89,10 @@ class PeakAdmission:
             self._read_in_step, self._admitted_since = step, 0
         limit = watermark * self._tables.pool.total
         # The prefix is looked up only if it matters.
-        if self._peak.with_candidate(request, 0) <= limit:
+        if self._peak.with_candidate(request, 0, self.pessimism) <= limit:
             return True
         held = self._tables.held_already(request)
-        if held and self._peak.with_candidate(request, held) <= limit:
+        if held and self._peak.with_candidate(request, held, self.pessimism) <= limit:
             return True
         self._refused, self._refused_in_step = case, step
         return False

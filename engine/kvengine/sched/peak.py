@@ -83,10 +83,9 @@ def growth(
 class PeakDemand:
     """Reads the demand of what runs, and answers for candidates."""
 
-    def __init__(self, tables: BlockTables, lengths: LengthPredictor, z: float = PESSIMISM) -> None:
+    def __init__(self, tables: BlockTables, lengths: LengthPredictor) -> None:
         self._tables = tables
         self._lengths = lengths
-        self._z = z
         self._looks: list[int] = []
         self._means: list[float] = []
         self._variances: list[float] = []
@@ -114,12 +113,12 @@ class PeakDemand:
         self._most = held_throughout
         self._add(members)
 
-    def with_candidate(self, request: Request, held_already: int) -> float:
+    def with_candidate(self, request: Request, held_already: int, z: float = PESSIMISM) -> float:
         """The quantile of the peak if `request`, of whose blocks others hold so many, ran too."""
         before = self._means, self._variances, self._most
         self._means, self._variances = list(self._means), list(self._variances)
         self._add(self._members(request, held_already))
-        peak = self.peak
+        peak = self.peak(z)
         self._means, self._variances, self._most = before
         return peak
 
@@ -127,11 +126,10 @@ class PeakDemand:
         """It runs, and holds what the prefix cache had of it."""
         self._add(self._members(request, _shared(request.blocks, self._tables.pool.references)))
 
-    @property
-    def peak(self) -> float:
+    def peak(self, z: float = PESSIMISM) -> float:
         """The quantile at the worst moment, of what runs."""
         pairs = zip(self._means, self._variances, strict=True)
-        return min(self._most, max([mean + self._z * sqrt(variance) for mean, variance in pairs]))
+        return min(self._most, max([mean + z * sqrt(variance) for mean, variance in pairs]))
 
     def _add(self, members: Iterable["_Member"]) -> None:
         means, variances, looks = self._means, self._variances, self._looks

@@ -82,7 +82,7 @@ class Engine:
         """What is predicted of those that run now."""
         peak = PeakDemand(self.scheduler.tables, self.lengths)
         peak.read(self.scheduler.running)
-        return peak.peak
+        return peak.peak()
 
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 60))
