@@ -54,6 +54,8 @@ class Expression:
     program: Any = field(compare=False, repr=False)
     spelt: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
     """Variables that the program knows by another name, with that name."""
+    _known: list[Any] = field(default_factory=list, init=False, compare=False, repr=False)
+    """The last readings that were all numbers, in the order of `names`, and what came of them."""
 
     def missing(self, readings: Mapping[str, Reading]) -> tuple[str, Missing] | None:
         """The first variable without a usable value, and why; None when all are there."""
@@ -69,9 +71,20 @@ class Expression:
 
     def evaluate(self, readings: Mapping[str, Reading]) -> bool | float | Missing:
         """The value, or Missing if an input is, or if evaluation failed or gave no finite number."""
+        values = [readings.get(name) for name in self.names]
+        if self._known and values == self._known[0]:
+            answer: bool | float | Missing = self._known[1]
+            return answer
+        answer = self._evaluated(values, readings)
+        if set(map(type, values)) == {float}:
+            self._known[:] = values, answer
+        return answer
+
+    def _evaluated(
+        self, values: Sequence[Reading | None], readings: Mapping[str, Reading]
+    ) -> bool | float | Missing:
         data = {}
-        for name in self.names:
-            reading = readings.get(name)
+        for name, reading in zip(self.names, values, strict=True):
             if not isinstance(reading, _NUMBERS) or reading != reading:
                 absent = self.missing(readings)
                 assert absent is not None, "this one is"
