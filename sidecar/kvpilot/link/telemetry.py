@@ -313,8 +313,10 @@ class TelemetryReader:
         rows, size = [], TENANT_FRAME.size
         data = self._read_at(self._tenants, MAX_TENANTS * size)
         for slot in range(MAX_TENANTS):
+            if not any(data[slot * size : slot * size + WORD]):
+                continue  # Never written: sequences start at 1.
             row = TENANT_FRAME.unpack(data, slot * size)
-            if row is None and any(data[slot * size : slot * size + WORD]):
+            if row is None:
                 # Torn, not empty: written while it was read.
                 row = self._row(TENANT_FRAME, self._tenants, slot)
             if row is not None:
