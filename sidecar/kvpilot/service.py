@@ -14,6 +14,7 @@ import socket
 from collections.abc import Mapping
 from datetime import UTC
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
@@ -28,10 +29,11 @@ from kvpilot.alerts.outbox import Outbox
 from kvpilot.api.client import SocketError
 from kvpilot.api.http import HttpError, build_app, build_server, listen
 from kvpilot.api.operate import OperatingSocket
-from kvpilot.clock import Clock
+from kvpilot.clock import NS, Clock
 from kvpilot.config import Config
 from kvpilot.flight import Flight
 from kvpilot.journal.ledger import Ledger
+from kvpilot.journal.records import Record
 from kvpilot.journal.store import JournalError, JournalStore
 from kvpilot.journal.writer import JournalWriter
 from kvpilot.link.page import LinkError
@@ -43,6 +45,10 @@ from kvpilot.policy.load import PolicyErrors
 from kvpilot.policy.rules import PolicySet
 from kvpilot.policy_directory import PolicyDirectory, shipped
 from kvpilot.publish.board import Board
+from kvpilot.publish.prometheus import Collector, MetricsPage
+
+if TYPE_CHECKING:
+    from kvpilot.publish.otlp import OtlpSender
 
 RESCAN_S = 2
 RETENTION_S = 600
@@ -78,6 +84,7 @@ class Service:
         except (PolicyErrors, LinkError, HttpError, JournalError) as error:
             raise StartError(str(error)) from error
         self._journal = JournalWriter(self._store)
+        self._otlp = self._open_otlp(config)
         self._address = "{}:{}".format(*self._listening.getsockname()[:2])
         outbox = Outbox({each.name: each.url for each in config.receivers}, f"http://{self._address}")
         self._herald = Herald(outbox, name, config.rank)
@@ -86,6 +93,8 @@ class Service:
         others = OtherRanks(place, config.rank, pilot.board.views) if config.flies_valves else None
         self.flight = Flight(name, pilot, directory, outbox, self._journal, config.rank, others)
         self._socket = OperatingSocket(self.flight, self._path_of_socket())
+        more = () if self._otlp is None else (self._otlp.add_to,)
+        self._page = MetricsPage(self.flight, Collector(self.flight, more, traced=self._otlp is not None))
         self._stopping = False
         self._use(policies)
         self._say_orders()
@@ -104,6 +113,25 @@ class Service:
         except JournalError:
             self._controls.close()
             raise
+
+    def _open_otlp(self, config: Config) -> "OtlpSender | None":
+        """Nothing at all unless an endpoint is configured."""
+        if config.otlp.endpoint is None:
+            return None
+        try:
+            from kvpilot.publish.otlp import OtlpSender
+        except ImportError:
+            self._controls.close()
+            self._listening.close()
+            self._store.close()
+            raise StartError("otlp: the exporter is not installed: pip install 'kvpilot[otlp]'") from None
+        return OtlpSender(config.otlp, config.engine_name, config.rank, self._clock)
+
+    def _record(self, row: Record) -> None:
+        """Decisions and what comes of them: to the journal and, where there is an endpoint, to traces."""
+        self._journal.add(row)
+        if self._otlp is not None:
+            self._otlp.add(row)
 
     def _path_of_socket(self) -> Path:
         assert self._config.socket is not None, "load() has filled this in"
@@ -125,7 +153,7 @@ class Service:
                 store.switch(),
                 config.shadow,
             ),
-            ledger=Ledger(self._journal.add, store.last_number()),
+            ledger=Ledger(self._record, store.last_number()),
             board=Board(tuple(each.name for each in config.classes)),
             slo=config.slo,
             arm=config.arm,
@@ -175,7 +203,9 @@ class Service:
         gpus, others = self.flight.pilot.gpus, self.flight.others
         if gpus is not None:
             gpus.start()
-        server = build_server(build_app(self.flight, self._clock))
+        if self._otlp is not None:
+            self._otlp.start()
+        server = build_server(build_app(self.flight, self._clock, self._page))
         serving = asyncio.create_task(server.serve(sockets=[self._listening]))
         scheduler = self._schedule()
         rank = f" rank {self._config.rank}" if self._config.rank else ""
@@ -205,6 +235,8 @@ class Service:
         self._stopping = True
 
     def _release(self) -> None:
+        if self._otlp is not None:
+            self._otlp.close(CLOSE_WITHIN_S)
         self._journal.close(CLOSE_WITHIN_S)
         self.flight.pilot.engine.close()
         self._controls.close()
@@ -215,9 +247,25 @@ class Service:
         rules = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
         scheduler = AsyncIOScheduler(timezone=UTC, job_defaults=rules)
         scheduler.add_job(self.rescan, "interval", seconds=RESCAN_S, id="policy rescan")
+        if self._otlp is not None:
+            seconds = self._config.otlp.interval
+            scheduler.add_job(self._offer_metrics, "interval", seconds=seconds, id="otlp metrics")
         scheduler.add_job(self._journal.prune, "interval", seconds=RETENTION_S, id="journal retention")
         scheduler.start()
         return scheduler
+
+    async def _offer_metrics(self) -> None:
+        """What the metrics page shows now, for the thread that sends it. In the loop: whole ticks only."""
+        if self._otlp is not None:
+            from kvpilot.publish.otlp import Batch
+
+            tick, wall_ns = self.flight.pilot.board.tick, self._clock.wall_ns()
+            sight = tick.sight if tick is not None else None
+            manifest = sight.manifest if sight is not None else None
+            started = None if sight is None or manifest is None else wall_ns - round(sight.age_s * NS)
+            about = (manifest.model, manifest.engine) if manifest is not None else (None, None)
+            nonce = sight.nonce if sight is not None else 0
+            self._otlp.offer(Batch(wall_ns, self._page.collector.collect(), started, nonce, *about))
 
     async def rescan(self) -> None:
         """Take a changed policy directory whole, or not at all."""

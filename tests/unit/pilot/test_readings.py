@@ -41,7 +41,9 @@ def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
     )
     latest = world.pilot.board.latest
     absent = {name for (name, _), reading in latest.items() if isinstance(reading, Missing)}
-    assert absent <= {*FORECAST_SIGNALS, "rank_load_ratio"}, "forecasts take more than one record"
+    assert absent <= {*FORECAST_SIGNALS, *GPU_SIGNALS, "rank_load_ratio"}, (
+        "forecasts take more than one record"
+    )
     value = {
         name: reading.value for (name, c), reading in latest.items() if isinstance(reading, Reading) and not c
     }
