@@ -116,6 +116,8 @@ class ValvePageReader:
         self.classes = self._layout.classes
         self.nonce = header.nonce
         self.identity = header.identity
+        self._decoded: list[tuple[bytes, ValveRow]] = []
+        """The rows as they were last read, and the bytes that said so: most stand still between two looks."""
 
     def read(self) -> ValveSnapshot | None:
         """The page now, or None where no whole reading could be had (torn, cut short): unknown, not zero."""
@@ -140,13 +142,19 @@ class ValvePageReader:
         if summary is None or leases is None or summary["rows"] > self._layout.max_rows:
             return None
         table = self._layout.rows
-        data = self._read_at(self._layout.rows_offset, summary["rows"] * table.frame.size)
+        size, decoded = table.frame.size, self._decoded
+        data = self._read_at(self._layout.rows_offset, summary["rows"] * size)
         rows = []
         for number in range(summary["rows"]):
-            record = table.unpack(data, number * table.frame.size)
+            raw = data[number * size : (number + 1) * size]
+            if number < len(decoded) and decoded[number][0] == raw:
+                rows.append(decoded[number][1])
+                continue
+            record = table.unpack(raw)
             if record is None or record[1]["level"] >= len(self.classes):
                 return None
             rows.append(self._row(record[1]))
+            decoded[number : number + 1] = [(raw, rows[-1])]
         numbered = list(enumerate(self.classes))
         left = {name: summary[f"credits_left.{level}"] for level, name in numbered}
         bytes_per_token = summary["bytes_per_token"]
