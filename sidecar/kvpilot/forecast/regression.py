@@ -81,16 +81,19 @@ class Regression:
             self._scale(CHANGED_MEMORY)
         weight = min(1.0, HUBER * sigma / size) if size else 1.0
         a, b = self._a, self._b
-        v = [sum(map(mul, row, x)) for row in a]
+        # A feature that no row has had yet, this one included, has a row of zeros, and keeps it.
+        reach = self._reach = list(map(max, self._reach, x))
+        v = [sum(map(mul, row, x)) if most else 0.0 for row, most in zip(a, reach, strict=True)]
         information = sum(map(mul, v, x))
         fade = (1.0 - MEMORY) / information if information > _TINY else 0.0
         fade_b = fade * sum(map(mul, x, b))
         weighted = weight * y
         for i, (xi, vi) in enumerate(zip(x, v, strict=True)):
+            if not reach[i]:
+                continue
             add, take = weight * xi, fade * vi
             a[i] = [old + add * xj - take * vj for old, xj, vj in zip(a[i], x, v, strict=True)]
             b[i] += xi * weighted - vi * fade_b
-        self._reach = list(map(max, self._reach, x))
         self.rows += 1
 
     def solve(self) -> "Solution":
