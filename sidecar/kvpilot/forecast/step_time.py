@@ -112,20 +112,23 @@ class StepTimeModel:
         if self.prefilling is None:
             return Missing("too_few_samples")
         most = max(least, min(most, MOST_GROWTH * self.prompts.largest))
-        if self._chunk_bound_s(most) <= target_s:
+        if self._meets(most, target_s):
             return most
         meets, misses = least, most
         while misses - meets > 1:
             middle = (meets + misses) / 2
-            if self._chunk_bound_s(middle) <= target_s:
+            if self._meets(middle, target_s):
                 meets = middle
             else:
                 misses = middle
         return max(least, float(int(meets)))
 
-    def _chunk_bound_s(self, chunk: float) -> float:
+    def _meets(self, chunk: float, target_s: float) -> bool:
+        """Whether `bound_s` of a step with that chunk is within the target."""
         work = self.batch._replace(prefill=chunk, chunk_positions=self.prompts.positions(chunk))
-        return self.bound_s(work)
+        x = features(work)
+        likely_s = max(self.solution.predict(x), self.floor_s) * self.spread(work).bound
+        return likely_s <= target_s and likely_s + 2.0 * self.solution.deviation(x) <= target_s
 
     def spread(self, work: Work) -> Spread:
         """How far such steps were from what was predicted."""
