@@ -32,11 +32,12 @@ def machine_pace(settings: Settings) -> Pace:
     return pace(settings.machine.machine.plant())
 
 
-def promises(settings: Settings, of: Pace) -> Promises:
-    """In seconds, on a machine of that pace."""
+def promises(settings: Settings, of: Pace, entry: Entry | None = None) -> Promises:
+    """In seconds, on a machine of that pace; `entry` may have clients of its own."""
+    clients = {**settings.clients, **(entry.clients if entry else {})}
     return Promises(
         {name: slo.on(of) for name, slo in settings.slos.items()},
-        {name: client.patience for name, client in settings.clients.items()},
+        {name: client.patience for name, client in clients.items()},
         of.speed.r,
     )
 
@@ -57,7 +58,7 @@ def stage(settings: Settings, entry: Entry, seed: int, traces: Path | None = Non
     scene = Scene(
         deployment,
         partial(machine.plant, settings.machine.noise, seed),
-        promises(settings, of),
+        promises(settings, of, entry),
         (entry.acceptance or settings.acceptance).process,
         token_ids if shared else plain_prompt,
         settings.budget.drain_s,

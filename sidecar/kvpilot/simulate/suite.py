@@ -169,6 +169,15 @@ class Entry(_Plain):
     kv_tokens: int | None = Field(default=None, ge=1024)
     """A pool of this many tokens in place of what the device holds."""
     acceptance: AcceptanceSpec | None = None
+    clients: dict[str, Client] = {}
+    """Of classes whose clients behave otherwise here."""
+
+    @field_validator("clients")
+    @classmethod
+    def _known(cls, clients: dict[str, Client]) -> dict[str, Client]:
+        if unknown := sorted(clients.keys() - set(CLASSES)):
+            raise ValueError(f"no class is called {', '.join(unknown)}; known are {', '.join(CLASSES)}")
+        return clients
 
     @property
     def workload(self) -> Workload:
