@@ -78,7 +78,6 @@ _FIELDS: dict[str, str] = {
     "rejected_total": "rejected_by_engine",
     "cancelled_total": "cancelled",
     "controls_ignored_total": "controls_ignored",
-    "kv_blocks_pinned": "kv_pinned_blocks",
     "tail_waste_tokens": "tail_waste_tokens",
     "device_reserved_bytes": "device_reserved_bytes",
     "device_allocated_bytes": "device_allocated_bytes",
