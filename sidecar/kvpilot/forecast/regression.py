@@ -160,7 +160,9 @@ def _cholesky(a: Sequence[Sequence[float]]) -> list[list[float]]:
     rows: list[list[float]] = []
     for i, source in enumerate(a):
         row: list[float] = []
-        for j in range(i):
+        if not any(source[:i]):
+            row = [0.0] * i
+        for j in range(len(row), i):
             other = rows[j]
             row.append((source[j] - sum(map(mul, row, other))) / other[j])
         row.append(sqrt(max(source[i] - sum(map(mul, row, row)), _TINY * source[i])))
