@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from kvengine.config import EngineConfig
 from kvengine.kv.plan import Plan
 from kvpilot.knobs import KNOBS
-from kvpilot.link.fields import STEP_FIELDS
+from kvpilot.link.fields import KV_BITS, STEP_FIELDS
 from kvpilot.link.manifest import Manifest, ManifestKnob
 
 AT_STEP = "at the next step boundary"
@@ -21,7 +21,7 @@ PREFIX_FIELDS = (
     "prefix_mismatches_total",
     "kv_blocks_pinned",
 )
-PREFIX_SIGNALS = (*PREFIX_FIELDS, "prefix_hit_ratio")
+PREFIX_SIGNALS = (*PREFIX_FIELDS, "prefix_hit_ratio", "prefix_mismatches", "kv_pinned_blocks")
 
 
 def build_manifest(
@@ -93,8 +93,18 @@ def build_manifest(
         device_uuids=device_uuids,
         weights_bytes=plan.resident_bytes,
         unsupported_knobs=lacking,
-        unsupported_signals={} if cached else dict.fromkeys(PREFIX_SIGNALS, "its prefix cache is off"),
+        unsupported_signals=_unsupported(cached, device, [one.bits for one in config.precisions.offered]),
     )
+
+
+def _unsupported(cached: bool, device: str, offered_bits: Iterable[int]) -> dict[str, str]:
+    """Signals that this engine does not have, and why."""
+    reasons = {} if cached else dict.fromkeys(PREFIX_SIGNALS, "its prefix cache is off")
+    if device == "cpu":
+        reasons["device_fragmentation_ratio"] = "on a CPU memory is counted, not taken from an allocator"
+    for bits in sorted({*KV_BITS} - {*offered_bits}):
+        reasons[f"kv_{bits}bit_bytes"] = f"its KV pool stores nothing in {bits} bits"
+    return reasons
 
 
 def _knob(

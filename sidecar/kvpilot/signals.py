@@ -88,7 +88,9 @@ SIGNALS: dict[str, Signal] = _table(
     Signal("kv_free_blocks", "gauge", "blocks", _COUNT, "engine", "KV blocks that nothing holds."),
     Signal("kv_cached_blocks", "gauge", "blocks", _COUNT, "engine", "Unreferenced KV blocks kept for reuse."),
     Signal("kv_shared_blocks", "gauge", "blocks", _COUNT, "engine", "KV blocks that more than one sequence reads."),
-    Signal("tail_waste_ratio", "gauge", "ratio", _RATIO, "engine", "Allocated but unfilled KV token slots over all allocated slots."),
+    Signal("kv_pinned_blocks", "gauge", "blocks", _COUNT, "engine", "KV blocks of pinned prompts: never given up."),
+    *(Signal(f"kv_{bits}bit_bytes", "gauge", "bytes", _BYTES, "engine", f"KV memory in use that stores tokens in {bits} bits an element.") for bits in (32, 16, 8, 4)),
+    Signal("tail_waste_ratio", "gauge", "ratio", _RATIO, "engine", "Fragmentation inside KV blocks: allocated but unfilled token slots over all allocated slots."),
     Signal("evicted_tokens", "counter", "tokens", _COUNT, "engine", "Tokens whose KV running requests gave up, having opted in to that."),
     Signal("preemptions", "counter", "requests", _COUNT, "engine", "Running requests sent back to the queue for want of KV blocks."),
     Signal("recomputed_tokens", "counter", "tokens", _COUNT, "engine", "Tokens computed again after a preemption."),
@@ -109,6 +111,7 @@ SIGNALS: dict[str, Signal] = _table(
     Signal("prefix_mismatches", "counter", "events", _COUNT, "engine", "Cached blocks that were not what their key said: dropped, and not served."),
     # Device memory.
     Signal("device_free_bytes", "gauge", "bytes", _BYTES, "engine", "Device memory nobody holds, between steps."),
+    Signal("device_fragmentation_ratio", "gauge", "ratio", _RATIO, "engine", "Fragmentation of the device's allocator: memory that it holds and no tensor uses, over what it holds."),
     Signal("device_headroom_tokens", "gauge", "tokens", _COUNT, "engine", "Free device memory over the manifest's activation bytes per token."),
     Signal("device_unexplained_bytes", "gauge", "bytes", (-1e15, 1e15), "pilot", "Device memory in use that is neither the engine's, by its allocator, nor another process's, nor what the engine's process held outside its allocator when it started."),
     Signal("gpu_throttled", "gauge", "state", _RATIO, "pilot", "1 while heat or a failing supply holds back the clocks of one of the engine's GPUs; else 0."),

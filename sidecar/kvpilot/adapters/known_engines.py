@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvpilot.knobs import KNOBS
+from kvpilot.link.fields import KV_BITS
 from kvpilot.signals import SIGNALS
 
 Shown = Literal["run", "read"]
@@ -55,6 +56,7 @@ def _all(names: Iterable[str], how: str, **more: str) -> dict[str, Capability]:
 
 
 _STEP = "the step hook's record"
+_CACHE_SIGNALS = ("prefix_hit_ratio", "prefix_mismatches", "kv_pinned_blocks")
 _KVENGINE = KnownEngine(
     kind="kvengine",
     run="this release, CPU",
@@ -71,12 +73,19 @@ _KVENGINE = KnownEngine(
     },
     signals={
         **_all(_ENGINE_SIGNALS, _STEP),
+        **{name: Capability(True, _STEP, needs="the prefix cache") for name in _CACHE_SIGNALS},
+        **{
+            f"kv_{bits}bit_bytes": Capability(True, _STEP, needs="a pool of so many bits or more")
+            for bits in KV_BITS
+        },
+        "device_fragmentation_ratio": Capability(True, _STEP, shown="read", needs="--device cuda"),
         **_all(_VALVE_SIGNALS, "the valve's page"),
         TENANTS: Capability(True, "the valve's tag on each request"),
     },
 )
 
 _WORKERS = "the device's memory belongs to vLLM's worker processes"
+_ONE_DTYPE = "one --kv-cache-dtype for the engine's life"
 _VLLM = KnownEngine(
     kind="vllm",
     run="0.32.0, CPU, eager",
@@ -106,7 +115,7 @@ _VLLM = KnownEngine(
         "admission_watermark": Capability(
             True, "kv_cache_manager.watermark_blocks, while requests run", shown="run", since="0.32.0"
         ),
-        "kv_element_bits": Capability(False, "one --kv-cache-dtype for the engine's life", shown="read"),
+        "kv_element_bits": Capability(False, _ONE_DTYPE, shown="read"),
         "kv_kept_ratio": Capability(False, "it evicts nothing of a sequence that runs", shown="read"),
         **_all(_VALVE_KNOBS, "the valve, by --middleware kvpilot.inside.valve.Valve", needs="--middleware"),
     },
@@ -119,6 +128,9 @@ _VLLM = KnownEngine(
         "oom": Capability(False, _WORKERS),
         "device_free_bytes": Capability(False, _WORKERS),
         "device_headroom_tokens": Capability(False, _WORKERS),
+        "device_fragmentation_ratio": Capability(False, _WORKERS),
+        "kv_pinned_blocks": Capability(False, "it pins nothing", shown="read"),
+        **{f"kv_{bits}bit_bytes": Capability(False, _ONE_DTYPE, shown="read") for bits in KV_BITS},
         TENANTS: Capability(True, "the valve's tag in a request's trace_headers", needs="--middleware"),
     },
     notes=(

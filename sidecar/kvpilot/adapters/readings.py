@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from kvpilot.adapters.windows import Key, Reading, Value
-from kvpilot.link.fields import HORIZONS
+from kvpilot.link.fields import HORIZONS, KV_BITS
 from kvpilot.link.manifest import Manifest
 from kvpilot.link.records import StepRecord
 from kvpilot.link.telemetry import ClassRow, TelemetryReader
@@ -23,6 +23,7 @@ FIELD_OF = {
     "kv_free_blocks": "kv_blocks_free",
     "kv_cached_blocks": "kv_blocks_cached",
     "kv_shared_blocks": "kv_blocks_shared",
+    "kv_pinned_blocks": "kv_blocks_pinned",
     "prefix_mismatches": "prefix_mismatches_total",
     "evicted_tokens": "evicted_tokens_total",
     "preemptions": "preemptions_total",
@@ -100,6 +101,21 @@ def _prefix_hit_ratio(manifest: Manifest, record: StepRecord) -> Value | Missing
     return NOT_PROVIDED if hit is None or queried is None else (hit, queried)
 
 
+def _kv_bytes(bits: int) -> Callable[[Manifest, StepRecord], Value | Missing]:
+    def read(manifest: Manifest, record: StepRecord) -> Value | Missing:
+        blocks = record.get(f"kv_{bits}bit_blocks")
+        return NOT_PROVIDED if blocks is None else blocks * manifest.bytes_per_block
+
+    return read
+
+
+def _device_fragmentation_ratio(manifest: Manifest, record: StepRecord) -> float | Missing:
+    reserved, allocated = record.get("device_reserved_bytes"), record.get("device_allocated_bytes")
+    if reserved is None or allocated is None:
+        return NOT_PROVIDED
+    return (reserved - allocated) / reserved if reserved else Missing("no_samples")
+
+
 def _device_headroom_tokens(manifest: Manifest, record: StepRecord) -> float | Missing:
     free = record.get("device_free_bytes")
     if free is None or not manifest.activation_bytes_per_token:
@@ -114,6 +130,8 @@ DERIVED: dict[str, Callable[[Manifest, StepRecord], Value | Missing]] = {
     "tail_waste_ratio": _tail_waste_ratio,
     "spec_acceptance_ratio": _spec_acceptance_ratio,
     "prefix_hit_ratio": _prefix_hit_ratio,
+    **{f"kv_{bits}bit_bytes": _kv_bytes(bits) for bits in KV_BITS},
+    "device_fragmentation_ratio": _device_fragmentation_ratio,
     "device_headroom_tokens": _device_headroom_tokens,
 }
 

@@ -9,7 +9,7 @@ from kvpilot.adapters.readings import DERIVED, FIELD_OF, HISTOGRAM_OF
 from kvpilot.adapters.valves import VALVE_SIGNALS
 from kvpilot.adapters.windows import Reading
 from kvpilot.forecast.outlook import FORECAST_SIGNALS
-from kvpilot.link.fields import HORIZONS, STEP_FIELDS
+from kvpilot.link.fields import HORIZONS, KV_BITS, STEP_FIELDS
 from kvpilot.signals import SIGNALS, Missing
 
 PILOTS_OWN = (*CONDITION_SIGNALS, *GPU_SIGNALS)
@@ -26,6 +26,8 @@ def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
     world = World()
     names = (*FIELD_OF.values(), "time_ns", "duration_ns", "tail_waste_tokens", "accepted_tokens_total")
     names += ("prefix_tokens_hit_total", "prefix_tokens_queried_total")
+    names += ("device_reserved_bytes", "device_allocated_bytes")
+    names += tuple(f"kv_{bits}bit_blocks" for bits in KV_BITS)
     world.start_engine(manifest(tuple(dict.fromkeys((*names, *DEMAND)))))
     MemoryValve(world)
     assert world.hook is not None
@@ -37,6 +39,10 @@ def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
         kv_blocks_cached=10,
         tail_waste_tokens=48,
         device_free_bytes=5e6,
+        device_reserved_bytes=8e6,
+        device_allocated_bytes=6e6,
+        kv_16bit_blocks=20,
+        kv_4bit_blocks=10,
         demand_64_p90_blocks=120,
     )
     latest = world.pilot.board.latest
@@ -52,6 +58,9 @@ def test_an_engine_that_provides_everything_leaves_nothing_out() -> None:
     assert value["kv_peak_ratio"] == 1.2
     assert value["tail_waste_ratio"] == 48 / (30 * 16)
     assert value["device_headroom_tokens"] == 5000
+    assert value["device_fragmentation_ratio"] == 0.25
+    block_bytes = manifest().bytes_per_block
+    assert [value[f"kv_{bits}bit_bytes"] for bits in (16, 8, 4)] == [20 * block_bytes, 0, 10 * block_bytes]
 
 
 def test_an_engine_that_provides_nothing_has_no_numbers() -> None:
