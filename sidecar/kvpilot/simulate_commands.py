@@ -5,14 +5,14 @@ Thin: parse, call, print. What is simulated is imported when the command runs.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
-    from kvpilot.simulate.legs import Result, Scene
-    from kvpilot.workload.arrival import Arrival
+    from kvpilot.simulate.legs import Result
 
 _SHOWN = (
     ("Gw", "goodput_work"),
@@ -34,15 +34,30 @@ _SHOWN = (
 
 
 def simulate(
-    trace: Annotated[Path, typer.Option(help="Requests: an Azure CSV.", show_default=False)],
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Azure CSV, Mooncake JSONL, ServeGen clients or lengths. Several: one after another.",
+            show_default=False,
+        ),
+    ] = None,
+    scenario: Annotated[
+        str | None, typer.Option(help="An incident by name, such as metastable-burst, in place of a trace.")
+    ] = None,
     device: Annotated[str, typer.Option(help="As `kvpilot plan` knows them.")] = "h100",
     model: Annotated[str, typer.Option(help="A directory with config.json, or a name that plan knows.")] = (
         "llama-3-8b"
     ),
+    plant: Annotated[
+        Path | None, typer.Option(help="What `kvpilot calibrate --out` wrote, in place of a roofline.")
+    ] = None,
     policies: Annotated[
         Path | None, typer.Option(help="A directory of policies; the shipped ones if left out.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="How much of the trace, in its own seconds.")] = 150.0,
+    seconds: Annotated[float, typer.Option(help="How much of each trace, in its own seconds.")] = 150.0,
+    slice_: Annotated[
+        str | None, typer.Option("--slice", help="START:END in each trace's own seconds, for --seconds.")
+    ] = None,
     speed: Annotated[float, typer.Option(help="How many times as fast its requests come.")] = 1.0,
     drafts: Annotated[int, typer.Option(help="Draft tokens a sequence, by n-grams; 0 for none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of classes, tenants and noise.")] = 1,
@@ -52,54 +67,44 @@ def simulate(
     from kvengine.errors import ConfigError
     from kvpilot.policy.load import PolicyErrors
     from kvpilot.policy_directory import shipped
-    from kvpilot.simulate.legs import Leg, fly_leg
-    from kvpilot.workload.azure import TraceError
+    from kvpilot.simulate.asked import of_scenario, of_traces
+    from kvpilot.simulate.legs import fly_leg
+    from kvpilot.simulate.plants.named import Machine
+    from kvpilot.simulate.scenarios import scenario_named
+    from kvpilot.simulate.suite import load
+    from kvpilot.simulate.suite import shipped as shipped_settings
 
-    legs = [Leg("defaults"), Leg("pilot", policies=policies or shipped())]
+    if (scenario is None) == (not trace):
+        _fail("what arrives? Give --trace FILE, or --scenario NAME, one of them")
+    by = policies or shipped()
     try:
-        scene = _scene(device, model, drafts, seed)
-        arrivals, window_s = _arrivals(trace, seconds, speed, seed)
-        results = [fly_leg(scene, leg, arrivals, window_s) for leg in legs]
-    except (ConfigError, TraceError, PolicyErrors, ValueError) as error:
+        if scenario is not None:
+            settings = load(shipped_settings())
+            found = scenario_named(scenario)
+            machine = replace(settings.machine.machine, device=device, model=model)
+            asked = of_scenario(found, machine, by, settings, seed)
+        else:
+            machine = Machine(device, model)
+            asked = of_traces(trace or [], machine, by, slice_, seconds, speed, seed, drafts, plant)
+        results = [fly_leg(asked.scene, leg, asked.arrivals, asked.window_s) for leg in asked.legs]
+    except (ConfigError, PolicyErrors, ValueError) as error:
         _fail(error)
     if as_json:
-        said = {"trace": str(trace), "device": device, "model": model, "seconds": window_s, "seed": seed}
-        typer.echo(json.dumps({**said, "legs": [result.as_dict() for result in results]}))
+        said = {
+            "trace": asked.name,
+            "device": device,
+            "model": model,
+            "seconds": asked.window_s,
+            "seed": seed,
+        }
+        more = {"oversized": asked.oversized, "left_out": list(asked.left_out)}
+        typer.echo(json.dumps({**said, **more, "legs": [result.as_dict() for result in results]}))
         return
     _show(results)
-
-
-def _scene(device: str, model: str, drafts: int, seed: int) -> "Scene":
-    from functools import partial
-
-    from kvpilot.simulate.legs import Scene, deployment_on
-    from kvpilot.simulate.plants.named import Machine
-
-    machine = Machine(device, model)
-    deployment = deployment_on(machine, speculative_tokens=drafts)
-    return Scene(deployment, partial(machine.plant, sigma=0.05, seed=seed))
-
-
-def _arrivals(trace: Path, seconds: float, speed: float, seed: int) -> "tuple[list[Arrival], float]":
-    """The first `seconds` of the trace, pressed together by `speed`; and how long that is."""
-    import random
-
-    from kvpilot.workload.arrival import Arrival
-    from kvpilot.workload.azure import TraceError, read_azure
-    from kvpilot.workload.generator import CLASSES
-
-    if not (seconds > 0 and speed > 0):
-        raise TraceError(f"--seconds {seconds:g}, --speed {speed:g}: both must be above 0")
-    dice = random.Random(f"trace/{seed}")
-    arrivals = []
-    for row in read_azure(trace):
-        if row.at_s >= seconds:
-            break
-        mix = dice.choices(CLASSES, [each.share for each in CLASSES])[0]
-        tenant, domain = mix.pick_tenant(dice), mix.pick_domain(dice)
-        lengths = max(row.prompt_tokens, 1), max(row.output_tokens, 1)
-        arrivals.append(Arrival(row.at_s / speed, *lengths, mix.name, tenant, domain, dice.getrandbits(31)))
-    return arrivals, seconds / speed
+    if asked.oversized:
+        print(f"{asked.oversized} requests are longer than the model or the pool: the engine refused them")
+    if asked.left_out:
+        print(f"not simulated yet, of this scenario: {', '.join(asked.left_out)}")
 
 
 def _show(results: "list[Result]") -> None:
