@@ -61,7 +61,7 @@ def run(config: Configuration = DEFAULT_CONFIG) -> None:
     for chatty in ("apscheduler", "httpx", "stamina"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        service = Service(load(config), SystemClock())
+        service = Service(load(config), SystemClock(), config_path=config)
         asyncio.run(service.run())
     except (ConfigError, StartError) as error:
         sys.exit(str(error))  # A line for each mistake, as file:line:column where there is one.

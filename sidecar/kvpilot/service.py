@@ -27,6 +27,7 @@ from kvpilot.adapters.pages import Controls, LinkFiles
 from kvpilot.alerts.herald import Herald
 from kvpilot.alerts.outbox import Outbox
 from kvpilot.api.client import SocketError
+from kvpilot.api.console.show import Show
 from kvpilot.api.http import HttpError, build_app, build_server, listen
 from kvpilot.api.operate import OperatingSocket
 from kvpilot.clock import NS, Clock
@@ -65,7 +66,13 @@ class StartError(Exception):
 class Service:
     """One process's pilot. Construction takes the controls, the journal and the HTTP address, or nothing."""
 
-    def __init__(self, config: Config, clock: Clock, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        environ: Mapping[str, str] = os.environ,
+        config_path: Path | None = None,
+    ) -> None:
         self._config = config
         self._clock = clock
         assert config.engine.telemetry is not None, "load() has checked this"
@@ -91,7 +98,9 @@ class Service:
         pilot = self._build_pilot(place, directory)
         # One pilot shows ranks that have none: the one that flies the valves.
         others = OtherRanks(place, config.rank, pilot.board.views) if config.flies_valves else None
-        self.flight = Flight(name, pilot, directory, outbox, self._journal, config.rank, others)
+        around = (config.rank, others, place, config_path)
+        self.flight = Flight(name, pilot, directory, outbox, self._journal, *around)
+        self._show = Show(self.flight, clock)
         self._socket = OperatingSocket(self.flight, self._path_of_socket())
         more = () if self._otlp is None else (self._otlp.add_to,)
         self._page = MetricsPage(self.flight, Collector(self.flight, more, traced=self._otlp is not None))
@@ -205,8 +214,9 @@ class Service:
             gpus.start()
         if self._otlp is not None:
             self._otlp.start()
-        server = build_server(build_app(self.flight, self._clock, self._page))
+        server = build_server(build_app(self.flight, self._clock, self._page, self._show))
         serving = asyncio.create_task(server.serve(sockets=[self._listening]))
+        showing = asyncio.create_task(self._show.run())
         scheduler = self._schedule()
         rank = f" rank {self._config.rank}" if self._config.rank else ""
         valves = "" if self._config.flies_valves else "; valves are another pilot's"
@@ -220,6 +230,8 @@ class Service:
             _log.info("landing: all leases withdrawn")
             scheduler.shutdown(wait=False)
             await self._socket.close()
+            showing.cancel()
+            self._show.close()
             server.should_exit = True
             self._herald.resolve_all(self._clock.wall_ns())
             await self.flight.outbox.close(CLOSE_WITHIN_S)

@@ -2,12 +2,14 @@
 
     /metrics          Prometheus (OpenMetrics where asked for)      /status    JSON
     /metrics/picker   what an endpoint picker reads                 /healthz   is the loop turning
+    /                 the console, and what it asks for under /console
 
 Served by the pilot's own event loop, so that a rendering sees whole ticks only; a scrape costs some
 milliseconds.
 """
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 
@@ -15,6 +17,9 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from kvpilot.api.console.routes import add_console
+from kvpilot.api.console.show import Show
+from kvpilot.api.console.stream import cut_off
 from kvpilot.clock import NS, Clock
 from kvpilot.flight import Flight
 from kvpilot.publish.exposition import TEXT
@@ -29,8 +34,11 @@ class HttpError(Exception):
     """The address cannot be listened on; one line."""
 
 
-def build_app(flight: Flight, clock: Clock, page: MetricsPage | None = None) -> FastAPI:
-    """The application. `page` is the metrics page where the caller has added to it."""
+def build_app(
+    flight: Flight, clock: Clock, page: MetricsPage | None = None, show: Show | None = None
+) -> FastAPI:
+    """The application. `page` is the metrics page where the caller has added to it; `show` the console's,
+    where somebody runs it."""
     page = page or MetricsPage(flight)
     app = FastAPI(title="kvpilot", version=version(), openapi_url=None, docs_url=None, redoc_url=None)
 
@@ -55,6 +63,7 @@ def build_app(flight: Flight, clock: Clock, page: MetricsPage | None = None) -> 
         body = {"status": "ok" if healthy else "stuck", "seconds_since_tick": silent_s}
         return JSONResponse(body, status_code=200 if healthy else 503)
 
+    add_console(app, flight, show or Show(flight, clock))
     return app
 
 
@@ -85,6 +94,7 @@ class HttpServer(uvicorn.Server):
 
 def build_server(app: FastAPI) -> HttpServer:
     """A server for `app`; run it with `serve(sockets=[...])`, stop it by setting `should_exit`."""
+    logging.getLogger("uvicorn.error").addFilter(cut_off)
     return HttpServer(
         uvicorn.Config(
             app,

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from kvpilot.journal.records import Record
 from kvpilot.journal.store import JournalStore
@@ -32,6 +33,11 @@ class JournalWriter:
         self._queue: queue.Queue[object] = queue.Queue(queue_rows)
         self._failing = False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    @property
+    def path(self) -> Path:
+        """The journal's file."""
+        return self._store.path
 
     def start(self) -> None:
         """Begin writing."""

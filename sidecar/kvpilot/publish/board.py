@@ -117,6 +117,14 @@ class Board:
             self.exemplars.take(readings, self._decided, tick.sight.nonce, tick.wall_ns)
             self._decided = None
 
+    def value(self, signal: str, klass: str | None = None) -> float | Missing:
+        """One signal as of the last tick."""
+        if self.tick is not None:
+            for view in self.views:
+                if (view.signal, view.klass) == (signal, klass):
+                    return self._windows.value(view, self.tick.at_ns)
+        return Missing("no_samples")
+
     def values(self) -> list[tuple[Shown, float | Missing]]:
         """Every signal as of the last tick."""
         if self.tick is None:
