@@ -99,7 +99,7 @@ class Core:
         """Queue a request, or say in one line why it can never be served."""
         reason = refusal(len(request.prompt), request.sampling.max_tokens, self._limits)
         if reason is None and request.eviction is not None:
-            reason = self._offer.refusal(request.eviction)
+            reason = self._offer.refusal(request.eviction, 1 + len(request.forks))
         family = [request, *request.forks]
         if request.group is not None:
             family = request.group.family

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvengine.kv.eviction.heads import HeadTables
 from kvengine.kv.eviction.policy import Eviction
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Request:
     """Of them, those whose KV was given up again: whole blocks, so later ones keep their place in one."""
     rotated: int = 0
     """How many positions its sinks have been moved on by; the executor's."""
+    heads: HeadTables | None = None
+    """Where its KV lies, if it is kept head by head; the executor's."""
     block_mass: Sequence[float] = ()
     """Attention that each block of the table has drawn, where its eviction asks for that."""
     draft_computed: int = 0

@@ -266,7 +266,7 @@ def _tail_waste_tokens(running: Sequence[Request], block_size: int) -> int:
     """Slots without a token. Blocks that are full are waste to nobody; forks' common tail counts once."""
     waste, shared = 0, {}
     for request in running:
-        empty = len(request.blocks) * block_size * request.packing - request.stored
+        empty = max(0, len(request.blocks) * block_size * request.packing - request.stored)
         if request.tail_shared:
             shared[request.blocks[-1]] = empty
         else:

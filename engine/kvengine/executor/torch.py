@@ -13,6 +13,7 @@ from torch import Tensor
 from kvengine.errors import DeviceOutOfMemory, StartError
 from kvengine.executor import emission
 from kvengine.executor.cuda_memory import CudaMemory
+from kvengine.kv.eviction.by_head import Profile, compact
 from kvengine.kv.eviction.choose import sink_blocks
 from kvengine.kv.eviction.mass import Mass
 from kvengine.kv.eviction.policy import STREAMING
@@ -22,6 +23,7 @@ from kvengine.kv.storage import KvStorage
 from kvengine.memory import DeviceMemory, MemoryReading
 from kvengine.model.footprint import Footprint
 from kvengine.model.llama import Llama, Span
+from kvengine.request import Request
 from kvengine.sched.batch import Batch, Slice, SliceResult
 from kvengine.spec import ngram
 from kvengine.spec.draft import Proposal, propose, settle
@@ -103,13 +105,20 @@ class EagerExecutor:
         # Rows of logits come out in the order of spans: those with drafts first, then the other sampled ones.
         proposal = self._propose(drafting) if drafting else None
         spans = _draft_spans(drafting, proposal) if proposal else []
+        profiles: list[tuple[Request, Profile]] = []
         plain = [piece for piece in slices if not piece.drafts] if drafting else slices
         for piece in plain:
             request, start = piece.request, piece.start
             tokens = request.tokens[start : start + piece.count]
             place = request.blocks, int(piece.samples), request.packing, request.evicted
-            spans.append(Span(tokens, start, *place, _scored(piece)))
+            profile = Profile(request.eviction) if _ends_prompt(piece) and request.eviction else None
+            spans.append(Span(tokens, start, *place, _scored(piece), profile, request.heads))
+            if profile is not None:
+                profiles.append((request, profile))
         logits = self._target.forward(spans, self._target_kv, self._scratch, self._mass)
+        for request, profile in profiles:
+            assert self._mass is not None
+            request.heads = compact(profile, request.blocks, self._target_kv, self._mass)
         sampled = [piece for piece in plain if piece.samples]
         results: dict[int, SliceResult] = {}
         if proposal:
@@ -125,7 +134,7 @@ class EagerExecutor:
     def _weigh(self, slices: Sequence[Slice], results: list[SliceResult], mass: Mass) -> None:
         """What each block has drawn of attention, for those who evict by it."""
         for piece, result in zip(slices, results, strict=True):
-            if _scored(piece):
+            if _scored(piece) and not _exact(piece):
                 tokens = piece.start + piece.count - piece.request.evicted
                 blocks = piece.request.blocks[: self._target_kv.geometry.blocks_for(tokens)]
                 result.block_mass = mass.of_blocks(blocks, tokens)
@@ -136,6 +145,8 @@ class EagerExecutor:
             request, eviction = piece.request, piece.request.eviction
             if eviction is None:
                 continue
+            if request.heads is not None:
+                request.heads.take(request.blocks[request.heads.blocks :])
             if eviction.policy == STREAMING and request.rotated < request.evicted:
                 sinks = request.blocks[: sink_blocks(eviction, self._target_kv.geometry.block_size)]
                 delta = request.evicted - request.rotated
@@ -184,6 +195,15 @@ class EagerExecutor:
         scored = self._mass is not None and any(_scored(piece) for piece in slices)
         size = StepSize(tokens, rows, drawn, context)
         return self.footprint.step_bytes(size, len(drafting), behind, scored)
+
+
+def _exact(piece: Slice) -> bool:
+    return piece.request.eviction is not None and piece.request.eviction.exact
+
+
+def _ends_prompt(piece: Slice) -> bool:
+    """Whether what each head keeps is chosen here."""
+    return piece.samples and _exact(piece) and piece.request.heads is None
 
 
 def _scored(piece: Slice) -> bool:

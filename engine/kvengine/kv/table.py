@@ -80,8 +80,11 @@ class BlockTables:
 
         False, and nothing changed, if the pool cannot.
         """
-        stored = positions - request.evicted
-        missing = -(-stored // (self.block_size * request.packing)) - len(request.blocks)
+        if request.heads is None:
+            stored = positions - request.evicted
+            missing = -(-stored // (self.block_size * request.packing)) - len(request.blocks)
+        else:
+            missing = request.heads.wanted - len(request.blocks)
         if request.tail_shared:
             return self._cover_own(request, missing)
         if missing <= 0:
@@ -169,6 +172,17 @@ class BlockTables:
         other.computed = count * self.tokens_in_block(request)
         other.registered = min(count, request.registered)
 
+    def trim(self, request: Request, blocks: int) -> None:
+        """Give up all but the first blocks of a table, and count what a block less a step would have: tokens
+        that came and whose place others had to leave are evicted too.
+        """
+        self.pool.release(request.blocks[blocks:])
+        del request.blocks[blocks:]
+        gone = request.stored - blocks * self.tokens_in_block(request)
+        if gone > 0:
+            request.evicted += gone
+            self.evicted_tokens_total += gone
+
     def clear(self, request: Request) -> None:
         """Give every block back: the request has no valid KV any more."""
         if self.tree is not None:
@@ -181,7 +195,7 @@ class BlockTables:
             if request.pin and not self.tree.pin(blocks[:known]):
                 log.warning("not pinned: %d blocks are over the limit of the pinned share", known)
             self._release_known(self.tree, blocks[:known])
-        request.blocks, request.block_mass = [], ()
+        request.blocks, request.block_mass, request.heads = [], (), None
         request.computed = request.registered = request.evicted = request.rotated = 0
         request.draft_computed = request.draft_registered = 0
         request.anchor, request.tail_shared = None, False

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from kvengine.kv.eviction.by_head import HeadRow, Profile
+from kvengine.kv.eviction.heads import HeadTables
 from kvengine.kv.eviction.mass import Mass
 from kvengine.kv.storage import KvStorage
 from kvengine.model.config import ModelConfig
@@ -42,6 +44,10 @@ class Span:
     packing: int = 1
     evicted: int = 0
     scored: bool = False
+    profile: Profile | None = None
+    """To be filled, with what each head keeps of a prompt that ends here."""
+    heads: HeadTables | None = None
+    """Where KV lies that is kept head by head; of one token."""
 
 
 class Llama:
@@ -69,7 +75,11 @@ class Llama:
         work = self.workspace(len(rows.tokens), len(rows.wanted))
         columns = indices(rows.tokens + rows.positions + rows.slots, self._device)
         tokens, positions, slots = columns.view(3, -1).unbind()
-        parts = []
+        parts, by_head = [], []
+        for row, span in rows.by_head:
+            assert span.heads is not None
+            assert mass is not None
+            by_head.append(HeadRow(row, span.start, span.heads, storage.at(1), scratch, mass))
         for packing, part in rows.parts.items():
             storage.claim(packing, part.touched)
             stored, mine = storage.at(packing), slice(part.first, part.end)
@@ -82,8 +92,13 @@ class Llama:
             for stored, slots, new_kv, paged, scored in parts:
                 stored.write(layer, slots, new_kv, scratch)
                 if scored and mass is not None:
-                    mass.add(layer, work.query, stored, scored, scratch)
+                    mass.add(layer, work.query, stored, [span for span, _ in scored], scratch)
+                    for span, profile in scored:
+                        if profile is not None:
+                            profile.observe(work.query, stored, layer, span, mass)
                 paged.attend(stored.blocks[layer], stored.scales(layer))
+            for single in by_head:
+                single.attend(layer, work.new_kv, work.query, work.mixed_heads)
 
         return self.run(work, tokens, positions, rows.wanted, attend)
 
@@ -151,7 +166,7 @@ class _Part:
     spans: list[AttentionSpan] = field(default_factory=list)
     touched: list[int] = field(default_factory=list)
     """Blocks that are written."""
-    scored: list[AttentionSpan] = field(default_factory=list)
+    scored: list[tuple[AttentionSpan, Profile | None]] = field(default_factory=list)
 
 
 class _Rows:
@@ -163,23 +178,37 @@ class _Rows:
 
     def __init__(self, spans: Sequence[Span], geometry: Geometry) -> None:
         order = sorted(
-            (span.packing, len(span.tokens) > 1, span.start - span.evicted, number)
+            (
+                span.packing if span.heads is None else 0,
+                len(span.tokens) > 1,
+                span.start - span.evicted,
+                number,
+            )
             for number, span in enumerate(spans)
         )
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.parts: dict[int, _Part] = {}
+        self.by_head: list[tuple[int, Span]] = []
+        """Row and span of those whose KV is kept head by head."""
         ends = [0] * len(spans)
         for packing, several, place, number in order:
             span, block_size = spans[number], geometry.block_size * packing
             start = span.start
+            if span.heads is not None:
+                self.by_head.append((len(self.tokens), span))
+                self.tokens += span.tokens
+                self.positions.append(start)
+                self.slots.append(0)
+                ends[number] = len(self.tokens)
+                continue
             end, blocks = start + len(span.tokens), span.blocks
             placed = AttentionSpan(len(self.tokens), end - start, end - span.evicted, blocks)
             part = self.parts.get(packing) or self.parts.setdefault(packing, _Part(len(self.tokens)))
             part.spans.append(placed)
             if span.scored:
-                part.scored.append(placed)
+                part.scored.append((placed, span.profile))
             self.tokens += span.tokens
             if several:
                 self.positions += range(start, end)

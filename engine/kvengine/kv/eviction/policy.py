@@ -103,8 +103,12 @@ class Offer:
     sliding_window: int | None = None
     """Of its model, which evicts by itself then."""
 
-    def refusal(self, eviction: Eviction) -> str | None:
+    def refusal(self, eviction: Eviction, choices: int = 1) -> str | None:
         """Why it cannot be served here, in one line with the numbers; None if it can."""
+        if eviction.exact and choices > 1:
+            return (
+                f"Eviction by head serves one choice, and {choices} are asked for: leave out n and best_of."
+            )
         if self.sliding_window is not None:
             return (
                 f"This model attends to the latest {self.sliding_window} tokens only and gives up the others "

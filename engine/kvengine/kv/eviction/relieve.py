@@ -13,6 +13,10 @@ def relieve(tables: BlockTables, request: Request, ratio: float) -> None:
     """
     eviction = request.eviction
     assert eviction is not None
+    if eviction.exact:
+        if request.heads is not None:
+            tables.trim(request, request.heads.blocks)
+        return
     size = tables.tokens_in_block(request)
     kept = budget(eviction, request.computed, size, ratio)
     filled = -(-request.stored // size)
