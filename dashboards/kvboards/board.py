@@ -180,11 +180,14 @@ def _lay_out(made: build.Dashboard, board: Board) -> build.Dashboard:
             build.Row(row.title).id(1000 + row_number).grid_pos(model.GridPos(h=1, w=GRID, x=0, y=y))
         )
         y, x, tallest = y + ROW_HEIGHT, 0, 0
+        before = ""
         for panel in row.panels:
-            if x + panel.width > GRID:
+            # Grafana makes a repeated panel into lines of its own: nothing may lie beside it.
+            if x + panel.width > GRID or (x and (panel.repeat or before)):
                 x, y, tallest = 0, y + tallest, 0
             at = model.GridPos(h=panel.height, w=panel.width, x=x, y=y)
             made = made.with_panel(to_grafana(panel, number, at))
             x, tallest, number = x + panel.width, max(tallest, panel.height), number + 1
+            before = panel.repeat
         y += tallest
     return made

@@ -115,7 +115,7 @@ MEMORY = Row(
                     width=1,
                     dash=(2, 4),
                     fill=15,
-                    below_to="C",
+                    below_to="p10 (sooner)",
                 ),
                 Query(
                     f"clamp_max(min(kvpilot_forecast_kv_exhaustion_p10_seconds{{{SELECT}}}), 60)",

@@ -46,7 +46,7 @@ class Query:
     """On the right axis, in `unit`."""
     unit: str = ""
     below_to: str = ""
-    """Fill down to the query with this letter: a band."""
+    """Fill down to the query with this legend: a band."""
     sparse: bool = False
     """May rightly have no series (nothing shed yet): the panel must show something else then."""
 
@@ -95,8 +95,8 @@ def bands(quantiles: Sequence[tuple[str, str]], buckets: str, by: str = "") -> t
     rates = f"sum by ({grouped}) (rate({buckets}[$__rate_interval]))"
     looks = (
         Query("", "p50", MEASURED, width=3),
-        Query("", "p95", HELD, width=2, fill=25, below_to="A"),
-        Query("", "p99", CAUTION, width=1, dash=(6, 4), fill=12, below_to="B"),
+        Query("", "p95", HELD, width=2, fill=25, below_to="p50"),
+        Query("", "p99", CAUTION, width=1, dash=(6, 4), fill=12, below_to="p95"),
     )
     return tuple(
         replace(
