@@ -65,16 +65,21 @@ def _alive(seconds: float, life_s: float) -> tuple[float, float]:
     return (1 - gone) / lives, life_s * (1 - lives * gone / (1 - gone)) if life_s > 0 else 0.0
 
 
+_DEMAND_FIELDS = [
+    (horizon, tuple(f"demand_{horizon}_{q}_blocks" for q in QUANTILES)) for horizon in HORIZONS
+]
+
+
 def demand_ahead(record: StepRecord) -> list[tuple[float, Estimate]] | None:
     """(steps from this record on, at a token a step; blocks that what runs now will hold), ascending; None
     where the engine does not predict.
     """
-    if any(f"demand_{horizon}_{q}_blocks" not in record for horizon in HORIZONS for q in QUANTILES):
+    if any(name not in record for _, names in _DEMAND_FIELDS for name in names):
         return None
     since = (record.get("steps_total") or 0.0) - (record.get("demand_step") or 0.0)
     return [
-        (horizon - since, Estimate(*(record[f"demand_{horizon}_{q}_blocks"] for q in QUANTILES)))
-        for horizon in HORIZONS
+        (horizon - since, Estimate(*[record[name] for name in names]))
+        for horizon, names in _DEMAND_FIELDS
         if horizon > since >= 0
     ]
 
