@@ -92,6 +92,8 @@ class Valves:
         self._open: dict[int, _Followed] = {}
         self._last: dict[int, ValveSnapshot] = {}
         self._rescan_ns: int | None = None
+        self._counted: tuple[list[tuple[tuple[ValveRow, ...], tuple[str, ...]]], dict[Key, int]] | None = None
+        """What rows said, and their sums."""
         self.error: str | None = None
         """One line about why pages are not used, for as long as they are not."""
 
@@ -139,17 +141,26 @@ class Valves:
                 page.close()
                 self.error = str(error)
 
-    def _summed(self, now_ns: int, byte_left: bool) -> ValveSight:
+    def _counts(self) -> dict[Key, int]:
+        """Sums over all rows; those of the last look where every row is still the same."""
+        told = [(snapshot.rows, tuple(snapshot.fractions)) for snapshot in self._last.values()]
+        if self._counted is not None and self._counted[0] == told:
+            return self._counted[1]
         counts: dict[Key, int] = {(name, None): 0 for name in _COUNTED}
-        for snapshot in self._last.values():
-            for row in snapshot.rows:
-                for name, counter in _COUNTED.items():
-                    count = getattr(row, counter)
-                    counts[name, None] += count
-                    counts[name, row.class_name] = counts.get((name, row.class_name), 0) + count
-            for class_name in snapshot.fractions:
+        for rows, classes in told:
+            for class_name in classes:
                 for name in _COUNTED:
                     counts.setdefault((name, class_name), 0)
+            for row in rows:
+                for name, counter in _COUNTED.items():
+                    count, key = getattr(row, counter), (name, row.class_name)
+                    counts[name, None] += count
+                    counts[key] = counts.get(key, 0) + count
+        self._counted = told, counts
+        return counts
+
+    def _summed(self, now_ns: int, byte_left: bool) -> ValveSight:
+        counts = self._counts()
         live = [self._last[nonce] for nonce in self._open if nonce in self._last]
         heard = [
             self._last[nonce]
