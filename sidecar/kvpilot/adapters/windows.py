@@ -97,6 +97,8 @@ class Windows:
     def __init__(self) -> None:
         self._tracks: dict[tuple[Key, int], _Track] = {}
         self._by_key: dict[Key, list[_Track]] = {}
+        self._by_view: dict[int, tuple[View, _Track]] = {}
+        """By the identity of the view, which is kept beside it."""
 
     @property
     def wanted(self) -> Iterable[Key]:
@@ -105,9 +107,11 @@ class Windows:
     def require(self, views: Iterable[View]) -> None:
         """Keep the windows of `views` and no others; those that exist already keep their readings."""
         tracks = {}
+        self._by_view = {}
         for view in views:
             identity = (view.signal, view.klass), _window_ns(view)
             tracks[identity] = self._tracks.get(identity) or _Track(SIGNALS[view.signal].kind, identity[1])
+            self._by_view[id(view)] = view, tracks[identity]
         self._tracks = tracks
         self._by_key = {}
         for (key, _), track in tracks.items():
@@ -130,7 +134,8 @@ class Windows:
 
     def value(self, view: View, now_ns: int) -> float | Missing:
         """What `view` asks for, as of `now_ns`."""
-        track = self._tracks[(view.signal, view.klass), _window_ns(view)]
+        known = self._by_view.get(id(view))
+        track = self._tracks[(view.signal, view.klass), _window_ns(view)] if known is None else known[1]
         if not track.readings:
             return Missing(track.why)
         age_s = (now_ns - track.readings[-1].at_ns) / NS
