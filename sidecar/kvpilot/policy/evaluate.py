@@ -16,7 +16,7 @@ from kvpilot.policy.lease import OVERRIDE, LeaseWish, Target
 from kvpilot.policy.notice import Notice
 from kvpilot.policy.outcome import Decision, Effect, Outcome
 from kvpilot.policy.reload import Restart, goes_on, park, restart, retire
-from kvpilot.policy.rule_tick import RuleTick
+from kvpilot.policy.rule_tick import RuleTick, rests
 from kvpilot.policy.rules import Policy, PolicySet, Rule
 from kvpilot.policy.state import RuleKey, RuleState, State
 from kvpilot.policy.trail import Told, worth_telling
@@ -111,6 +111,9 @@ class _Tick:
             self._end(policy.name, rule.name, before, started)
             before = started.state
             assert before is not None, "a rule that runs has a state"
+        if rests(rule, before, readings):
+            self._rules[policy.name, rule.name] = before
+            return
         given = self._given.get((policy.name, shadow))
         if given is None:
             given = self._given[policy.name, shadow] = self._give(policy, readings, shadow)
