@@ -4,19 +4,41 @@ Invariants beside those of every turn: an inactive rule's claims only walk home;
 consulted; a claim that follows an expression or a model moves with it every tick, and in no other phase.
 """
 
+from collections.abc import Mapping
+
 from kvpilot.link.manifest import ManifestKnob
-from kvpilot.policy.expr import Expression
+from kvpilot.policy.expr import Expression, Reading
 from kvpilot.policy.grid import Placed, place, stride
 from kvpilot.policy.lease import Target
 from kvpilot.policy.phase import advance, asks_when
-from kvpilot.policy.rules import TOP_TENANT, Action, Solve
+from kvpilot.policy.rules import TOP_TENANT, Action, Rule, Solve
 from kvpilot.policy.solve import MODEL_OF, solve
-from kvpilot.policy.state import Claim, Phase
+from kvpilot.policy.state import Claim, Phase, RuleState
 from kvpilot.policy.turn import Step, Turn
 from kvpilot.signals import Missing
 
 MOST_FORMER = 3
 """Tenants that were the top one and whose claims still walk home: leases have to fit a page."""
+
+
+def rests(rule: Rule, state: RuleState, readings: Mapping[str, Reading]) -> bool:
+    """Whether a turn would leave everything as it is: nothing held, said, awaited or followed, and a
+    condition that does not hold. Most rules, most of the time.
+    """
+    if (
+        rule.when is None
+        or state.phase is not Phase.INACTIVE
+        or state.claims
+        or state.check is not None
+        or state.suspended_ns is not None
+        or state.missing_since_ns is not None
+        or state.notified is not None
+        or state.disappointed is not None
+    ):
+        return False
+    if any(action.tracks or action.scope == TOP_TENANT for action in rule.actions):
+        return False
+    return rule.when.evaluate(readings) is False
 
 
 class RuleTick(Turn):
