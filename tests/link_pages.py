@@ -1,5 +1,7 @@
 """Pages over bytearrays, for tests: the link without files."""
 
+from dataclasses import replace
+
 from kvpilot.link.controls import CONTROLS_BYTES, ControlsWriter
 from kvpilot.link.fields import STEP_FIELDS
 from kvpilot.link.manifest import Manifest, ManifestKnob
@@ -31,8 +33,8 @@ def read_at(buffer: bytearray):
 class Telemetry:
     """A page with its writer and its reader."""
 
-    def __init__(self, *names: str, record_count: int = 16):
-        self.manifest = manifest(*names)
+    def __init__(self, *names: str, record_count: int = 16, tenant_columns: tuple[str, ...] = ()):
+        self.manifest = replace(manifest(*names), tenant_columns=tenant_columns)
         self.sequence = 0
         self.plan = plan_page(self.manifest, record_count)
         self.buffer = bytearray(self.plan.page_bytes)

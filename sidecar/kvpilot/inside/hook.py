@@ -282,6 +282,11 @@ class StepHook:
             row = TenantRow(name, running, waiting, kv_blocks, block_ns_total, tokens_total)
             self._guarded(self._telemetry.set_tenant, row)
 
+    def set_tenant_counts(self, name: str, values: Sequence[int]) -> None:
+        """What the manifest's `tenant_columns` count of a tenant that has a row."""
+        if self._telemetry:
+            self._guarded(self._telemetry.set_tenant_counts, name, values)
+
     def disable_knob(self, name: str) -> None:
         """The engine cannot move this knob after all: its baseline is in force, leases on it are ignored."""
         self._knobs.pop(name, None)

@@ -11,7 +11,7 @@ from typing import Any
 from kvpilot.link.fields import Field
 
 MANIFEST_MAX_BYTES = 32_768
-_LEFT_OUT = ("device_uuids", "weights_bytes")
+_LEFT_OUT = ("device_uuids", "weights_bytes", "tenant_columns")
 """Not written where an engine does not tell."""
 
 
@@ -78,6 +78,8 @@ class Manifest:
     """Of the devices that this rank computes on, as NVML or the framework writes them; empty: not told."""
     weights_bytes: int | None = None
     """Device memory of weights and buffers that stay."""
+    tenant_columns: tuple[str, ...] = ()
+    """What the page's sixth section counts by tenant, beside the rows of tenants; empty: no such section."""
     latency_measured_at: str = "engine"
     """`engine` (step) or `frontend`: where TTFT and ITL are taken; never mixed."""
     unsupported_knobs: dict[str, str] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class Manifest:
                 for f in raw["fields"]
             )
             known["classes"] = tuple(raw.get("classes", ()))
+            known["tenant_columns"] = tuple(map(str, raw.get("tenant_columns", ())))
             known["device_uuids"] = tuple(map(str, raw.get("device_uuids", ())))
             return cls(**known)
         except ManifestError:

@@ -35,6 +35,7 @@ from kvpilot.link.telemetry_page import (
     ClassRow,
     ReadAt,
     TenantRow,
+    counts_frame,
     histogram_index,
     plan_page,
 )
@@ -84,6 +85,8 @@ class TelemetryWriter:
         self._tenant_rows: dict[str, int] = {}
         self._tenant_idle: dict[str, bool] = {}
         self._tenant_sequences = [0] * MAX_TENANTS
+        counts = counts_frame(manifest.tenant_columns)
+        self._counts, self._counts_words = FrameWriter(counts, self._words), counts.words
         self._histograms = {
             (name, level): HistogramWriter(self._words, self._histogram_word(name, level))
             for name in PER_CLASS
@@ -94,7 +97,7 @@ class TelemetryWriter:
         self._thread = 0
         body = plan.manifest_json
         view[HEADER_BYTES : HEADER_BYTES + len(body)] = body
-        sections = (plan.ring, plan.histograms, plan.classes, plan.tenants, plan.ending)
+        sections = (plan.ring, plan.histograms, plan.classes, plan.tenants, plan.ending, plan.counts)
         header = PageHeader(
             "telemetry",
             plan.page_bytes,
@@ -167,6 +170,16 @@ class TelemetryWriter:
         self._tenants.write(word, self._tenant_sequences[slot], name, *row[1:])
         return True
 
+    def set_tenant_counts(self, name: str, values: Sequence[int]) -> bool:
+        """Replace a tenant's counts: the manifest's `tenant_columns`, in order. False where it has no row."""
+        self._bind_thread()
+        slot = self._tenant_rows.get(name)
+        if slot is None or not self._plan.counts:
+            return False
+        word = self._plan.counts // WORD + slot * self._counts_words
+        self._counts.write(word, self._tenant_sequences[slot], name.encode()[:TENANT_NAME_BYTES], *values)
+        return True
+
     def _tenant_slot(self, name: str) -> int | None:
         """The tenant's row: its own, a free one, or that of one which holds nothing."""
         slot = self._tenant_rows.get(name)
@@ -226,6 +239,10 @@ class TelemetryReader:
             <= header.page_bytes
             < _PAGE_LIMIT
         ):
+            raise LinkError("damaged kvpilot telemetry page: its sections do not lie inside it")
+        self._counts = header.sections[_SECTIONS] if self.manifest.tenant_columns else 0
+        counts_bytes = MAX_TENANTS * counts_frame(self.manifest.tenant_columns).size
+        if self._counts and not HEADER_BYTES <= self._counts <= header.page_bytes - counts_bytes:
             raise LinkError("damaged kvpilot telemetry page: its sections do not lie inside it")
         self.nonce = header.nonce
         self.identity = header.identity
@@ -323,6 +340,18 @@ class TelemetryReader:
                 name = row[1].rstrip(b"\0").decode(errors="replace")
                 rows.append(TenantRow(name, *row[2:]))
         return tuple(rows)
+
+    def tenant_counts(self) -> dict[str, dict[str, int]]:
+        """By tenant, what the manifest's `tenant_columns` count; empty where the engine has none."""
+        counts: dict[str, dict[str, int]] = {}
+        columns = self.manifest.tenant_columns
+        frame = counts_frame(columns)
+        for slot in range(MAX_TENANTS if self._counts else 0):
+            row = self._row(frame, self._counts, slot)
+            if row is not None:
+                name = row[1].rstrip(b"\0").decode(errors="replace")
+                counts[name] = dict(zip(columns, row[2:], strict=True))
+        return counts
 
     def boundary_ns(self) -> int | None:
         """When the engine was last at a step boundary, by its clock; None before the first, or cut short."""

@@ -1,12 +1,13 @@
 """What lies where in a telemetry page.
 
     header | manifest JSON | ring: two words, records | histograms | class rows | tenant rows | ending
+           | tenant counts, where the manifest has columns for them
 
 Everything is planned from the manifest, so writer and reader agree by construction; the header repeats the
 offsets for readers that are not ours. Sections start at cache lines.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ TENANT_FRAME = Frame(f"{TENANT_NAME_BYTES}sQQQQQ")
 __all__ = ["ClassRow", "Ending", "TelemetryPlan", "TenantRow", "histogram_index", "plan_page"]
 
 _LINE = 64
+
+MAX_TENANT_COLUMNS = 32
 
 ReadAt = Callable[[int, int], bytes]
 
@@ -68,6 +71,8 @@ class TelemetryPlan:
     classes: int
     tenants: int
     ending: int
+    counts: int
+    """0 where there are none."""
     page_bytes: int
 
 
@@ -75,6 +80,8 @@ def plan_page(manifest: Manifest, record_count: int = RING_RECORDS) -> Telemetry
     """Plan the page of `manifest`. Raises LinkError where it cannot be held in PAGE_MAX_BYTES."""
     if len(manifest.classes) > MAX_CLASSES:
         raise LinkError(f"{len(manifest.classes)} classes: the link holds at most {MAX_CLASSES}")
+    if len(manifest.tenant_columns) > MAX_TENANT_COLUMNS:
+        raise LinkError(f"{len(manifest.tenant_columns)} columns of tenants: at most {MAX_TENANT_COLUMNS}")
     try:
         body, layout = manifest.to_json(), StepLayout(manifest.fields)
     except ValueError as error:
@@ -85,9 +92,17 @@ def plan_page(manifest: Manifest, record_count: int = RING_RECORDS) -> Telemetry
     tenants = _aligned(classes + MAX_CLASSES * CLASS_FRAME.size)
     ending = _aligned(tenants + MAX_TENANTS * TENANT_FRAME.size)
     end = _aligned(ending + ENDING_FRAME.size)
+    counts = end if manifest.tenant_columns else 0
+    if counts:
+        end = _aligned(counts + MAX_TENANTS * counts_frame(manifest.tenant_columns).size)
     if end > PAGE_MAX_BYTES:
         raise LinkError(f"{len(layout.names)} fields need {end} bytes: a page holds at most {PAGE_MAX_BYTES}")
-    return TelemetryPlan(body, layout, record_count, ring, histograms, classes, tenants, ending, end)
+    return TelemetryPlan(body, layout, record_count, ring, histograms, classes, tenants, ending, counts, end)
+
+
+def counts_frame(columns: Sequence[str]) -> Frame:
+    """One tenant's row of counts."""
+    return Frame(f"{TENANT_NAME_BYTES}s{'Q' * len(columns)}")
 
 
 def _aligned(offset: int) -> int:

@@ -243,6 +243,24 @@ def test_classes_and_tenants(telemetry: Telemetry) -> None:
     assert tenants >= classes + 8 * size
 
 
+def test_counts_by_tenant() -> None:
+    page = Telemetry(tenant_columns=("hit", "queried"))
+    page.writer.set_tenant(TenantRow("other", 0, 0, 0, 0, 0))
+    page.writer.set_tenant(TenantRow("acme", 3, 2, 40, 50, 60))
+    page.writer.set_tenant_counts("acme", (7, 9))
+    data = bytes(page.buffer)
+    read, table = header(data, "telemetry"), Table("Counts")
+    columns = json_body(data, read)["tenant_columns"]
+    size = table.offset("columns") + 8 * (len(columns) + 1)
+    place = read["sections"][5] + size
+    assert frame(data, place - size, size) is None
+    raw = frame(data, place, size)
+    assert raw is not None
+    assert _value(raw, table.offset("name"), "text[40]") == "acme"
+    counts = [_value(raw, table.offset("columns") + 8 * i, "u64") for i in range(len(columns))]
+    assert dict(zip(columns, counts, strict=True)) == {"hit": 7, "queried": 9}
+
+
 def test_the_ending(telemetry: Telemetry) -> None:
     data = bytes(telemetry.buffer)
     place = header(data, "telemetry")["sections"][4]

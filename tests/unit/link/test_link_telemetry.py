@@ -252,6 +252,42 @@ def test_the_tenant_table_is_bounded_and_gives_up_who_holds_nothing() -> None:
     assert "t5" not in names
 
 
+def test_counts_by_tenant_are_read_by_name() -> None:
+    """Only where the manifest has columns for them, and only of tenants that have a row."""
+    page = Telemetry(tenant_columns=("queried", "hit"))
+    assert not page.writer.set_tenant_counts("acme", (1, 0))
+    page.writer.set_tenant(TenantRow("acme", 1, 0, 8, 0, 0))
+    page.writer.set_tenant(TenantRow("zürich", 1, 0, 8, 0, 0))
+    assert page.writer.set_tenant_counts("acme", (2**60, 7))
+    assert page.new_reader().tenant_counts() == {"acme": {"queried": 2**60, "hit": 7}}
+    assert page.writer.set_tenant_counts("zürich", (5, 0))
+    assert page.reader.tenant_counts()["zürich"] == {"queried": 5, "hit": 0}
+    page.writer.write_ending(Ending("closed", 0, 0, ""))
+    assert page.reader.ending() is not None
+    assert [row.name for row in page.reader.tenants()] == ["acme", "zürich"]
+    without = Telemetry()
+    without.writer.set_tenant(TenantRow("acme", 1, 0, 8, 0, 0))
+    assert not without.writer.set_tenant_counts("acme", ())
+    assert without.reader.tenant_counts() == {}
+
+
+def test_counts_of_a_tenant_that_lost_its_row_go_with_it() -> None:
+    page = Telemetry(tenant_columns=("hit",))
+    for i in range(MAX_TENANTS):
+        page.writer.set_tenant(TenantRow(f"t{i}", 0, 0, 0, 0, 0))
+        page.writer.set_tenant_counts(f"t{i}", (i,))
+    page.writer.set_tenant(TenantRow("late", 1, 0, 1, 0, 0))
+    assert page.writer.set_tenant_counts("late", (99,))
+    counts = page.reader.tenant_counts()
+    assert counts["late"] == {"hit": 99}
+    assert len(counts) == MAX_TENANTS
+
+
+def test_too_many_columns_are_one_clear_error() -> None:
+    with pytest.raises(LinkError, match="33 columns of tenants: at most 32"):
+        Telemetry(tenant_columns=tuple(map(str, range(33))))
+
+
 def test_a_torn_row_is_missing_not_wrong() -> None:
     page = Telemetry()
     page.writer.set_class(0, 1, 10)
