@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _EVERY = {
     "step": "a step, whatever it computes",
     "tokens": "a token through the model",
+    "prompts": "a step with prompt tokens",
+    "prefill_tokens": "a prompt token",
     "decode_sequences": "a decoding sequence",
     "context_tokens": "a position of context read",
     "chunk_positions": "a (prompt token, last position) pair",

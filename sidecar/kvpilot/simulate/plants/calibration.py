@@ -25,6 +25,8 @@ BLOCK_STEPS = 32
 KNEES_AT = (0.5, 0.75, 0.9, 0.97)
 """Quantiles of tokens in a step beyond which one more may cost more."""
 KEPT_RESIDUALS = 201
+LEAST_RESIDUALS = 32
+"""Of a kind of step, before its noise is its own and not that of all steps."""
 _MOST_CORRELATION = 0.95
 
 
@@ -86,8 +88,8 @@ def calibrated(recorded: Steps) -> Law:
         model=recorded.model,
         device=recorded.device,
         terms=dict(zip(names, coefficients, strict=True)),
-        decoding=_quantiles(decoding or prefilling),
-        prefilling=_quantiles(prefilling or decoding),
+        decoding=_quantiles(decoding if len(decoding) >= LEAST_RESIDUALS else ratios),
+        prefilling=_quantiles(prefilling if len(prefilling) >= LEAST_RESIDUALS else ratios),
         correlation=_correlation(ratios),
         gap_s=recorded.gap_s,
         fidelity=Fidelity(

@@ -1,7 +1,7 @@
 """A plant fitted to a live engine: what each kind of work cost there, and how steps scattered around that.
 
-The mean is a sum of non-negative costs (`terms`): a constant, every token through the model, more for tokens
-beyond some knees (a step first waits for memory, then for arithmetic), decoding sequences, context read,
+The mean is a sum of non-negative costs (`terms`): a constant, every token through the model, more for prompts
+and beyond some knees (a step first waits for memory, then for arithmetic), decoding sequences, context read,
 prompt positions, drafts, and the depth of drafting. Knees are quantiles of what the recording holds, not
 numbers chosen beforehand.
 
@@ -25,6 +25,8 @@ KNEE = "tokens_beyond_"
 TERMS = (
     "step",
     "tokens",
+    "prompts",
+    "prefill_tokens",
     "decode_sequences",
     "context_tokens",
     "chunk_positions",
@@ -32,7 +34,9 @@ TERMS = (
     "depth",
     "depth_context",
 )
-"""Seconds for one more of each; knees (`tokens_beyond_N`) come after them."""
+"""Seconds for one more of each; knees (`tokens_beyond_N`) come after them. `prompts` is 1 for a step with any
+prompt tokens.
+"""
 
 
 class PlantError(ValueError):
@@ -137,8 +141,12 @@ def row(features: StepFeatures, knees: Sequence[float]) -> list[float]:
     decodes, drafted, context = features.decode_sequences, features.drafted_tokens, features.context_tokens
     tokens = features.prefill_tokens + decodes + drafted
     depth = drafted / decodes if decodes else 0.0
-    beyond = [max(0.0, tokens - knee) for knee in knees]
-    return [1.0, tokens, decodes, context, features.chunk_positions, drafted, depth, depth * context, *beyond]
+    prefill = features.prefill_tokens
+    return [
+        *(1.0, tokens, 1.0 if prefill else 0.0, prefill, decodes, context, features.chunk_positions),
+        *(drafted, depth, depth * context),
+        *[max(0.0, tokens - knee) for knee in knees],
+    ]
 
 
 class Fitted:
