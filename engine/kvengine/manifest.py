@@ -21,6 +21,8 @@ PREFIX_FIELDS = (
     "prefix_mismatches_total",
     "kv_blocks_pinned",
 )
+TENANT_COLUMNS = ("prefix_tokens_queried_total", "prefix_tokens_hit_total")
+"""What `Telemetry` counts by tenant, in its order."""
 PREFIX_SIGNALS = (*PREFIX_FIELDS, "prefix_hit_ratio", "prefix_mismatches", "kv_pinned_blocks")
 
 
@@ -92,6 +94,7 @@ def build_manifest(
         device_memory_bytes=plan.memory_bytes,
         device_uuids=device_uuids,
         weights_bytes=plan.resident_bytes,
+        tenant_columns=TENANT_COLUMNS if cached else (),
         unsupported_knobs=lacking,
         unsupported_signals=_unsupported(cached, device, [one.bits for one in config.precisions.offered]),
     )

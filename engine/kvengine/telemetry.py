@@ -58,6 +58,7 @@ class Telemetry:
         self._echoed: tuple[object, ...] = ()
         self._tenants: dict[str, TenantRow] = {}
         self._tenant_tokens: Counter[str] = Counter()
+        self._tenant_prefix: dict[str, tuple[int, int]] = {}
         self._tenants_at_ns = 0
 
     def knobs(self, now_ns: int) -> Knobs:
@@ -153,7 +154,8 @@ class Telemetry:
             if request.tenant:
                 held.setdefault(request.tenant, set()).update(request.blocks)
         blocks = Counter({tenant: len(of_tenant) for tenant, of_tenant in held.items()})
-        for tenant in self._tenants.keys() | running.keys() | waiting.keys() | self._tenant_tokens.keys():
+        known = self._tenants.keys() | self._tenant_tokens.keys() | scheduler.tables.prefix_by_tenant.keys()
+        for tenant in known | running.keys() | waiting.keys():
             before = self._tenants.get(tenant)
             # Between two scans it is taken to have held the mean of what they saw.
             held_before, block_ns = (before.kv_blocks, before.block_ns_total) if before else (0, 0)
@@ -170,7 +172,15 @@ class Telemetry:
                 self._tenants.pop(tenant, None)
                 self._tenants[tenant] = row  # Last in order: the latest to change.
                 self._hook.set_tenant(*row)
+            self._show_prefix(tenant)
         self._forget_tenants()
+
+    def _show_prefix(self, tenant: str) -> None:
+        """What the prefix cache had of its prompts: the manifest's `tenant_columns`."""
+        counts = self._core.scheduler.tables.prefix_by_tenant.get(tenant)
+        if counts is not None and counts != self._tenant_prefix.get(tenant):
+            self._tenant_prefix[tenant] = counts
+            self._hook.set_tenant_counts(tenant, counts)
 
     def _forget_tenants(self) -> None:
         """Whoever can name tenants could otherwise name millions: of those that hold nothing, the
@@ -181,6 +191,8 @@ class Telemetry:
         ]
         for name in idle[: max(0, len(idle) - MAX_TENANTS)]:
             del self._tenants[name], self._tenant_tokens[name]
+            self._tenant_prefix.pop(name, None)
+            self._core.scheduler.tables.prefix_by_tenant.pop(name, None)
 
 
 class _Scan:

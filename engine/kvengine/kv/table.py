@@ -47,6 +47,8 @@ class BlockTables:
         """Destination -> source of the blocks to copy before the next step writes."""
         self.queried_tokens_total = 0
         self.hit_tokens_total = 0
+        self.prefix_by_tenant: dict[str, tuple[int, int]] = {}
+        """(queried, hit) tokens of each tenant; whoever reads it forgets who is gone."""
         self.evicted_tokens_total = 0
 
     def adopt(self, request: Request) -> None:
@@ -66,6 +68,10 @@ class BlockTables:
         request.draft_registered, request.draft_computed = valid, valid * size
         self.queried_tokens_total += len(request.tokens)
         self.hit_tokens_total += request.computed
+        if request.tenant:
+            queried, hit = self.prefix_by_tenant.get(request.tenant, (0, 0))
+            both = queried + len(request.tokens), hit + request.computed
+            self.prefix_by_tenant[request.tenant] = both
 
     def held_already(self, request: Request) -> int:
         """Blocks of a waiting request's prefix that others hold: admitting it does not take them."""

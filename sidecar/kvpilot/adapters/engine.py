@@ -159,6 +159,10 @@ class EngineAdapter:
             return ()
         return self._attached.reader.tenants()
 
+    def tenant_counts(self) -> dict[str, dict[str, int]]:
+        """What the engine counts by tenant beside that, by column; empty where it counts nothing."""
+        return {} if self._attached is None else self._attached.reader.tenant_counts()
+
     def valve_rows(self) -> list[ValveRow]:
         """What valves have counted, by class and tenant, for exporters."""
         return self._valves.rows()

@@ -19,7 +19,7 @@ from kvpilot.link.histogram import HistogramSnapshot
 from kvpilot.link.locks import is_locked
 from kvpilot.link.place import ENGINE_CONTROLS, LinkPlace
 from kvpilot.link.telemetry import TenantRow
-from kvpilot.signals import Missing
+from kvpilot.signals import SIGNALS, Missing
 
 LOOK_NS = NS // 2
 RESCAN_NS = 2 * NS
@@ -35,6 +35,7 @@ class RankView:
     readings: Mapping[Key, Reading | Missing]
     histogram: Callable[[str, int | None], HistogramSnapshot | None]
     tenants: Callable[[], tuple[TenantRow, ...]]
+    tenant_counts: Callable[[], Mapping[str, Mapping[str, int]]] = dict
 
 
 class _OneRank:
@@ -66,7 +67,12 @@ class OtherRanks:
     def __init__(self, place: LinkPlace, own: int, views: Sequence[View]) -> None:
         self._place = place
         self._own = own
-        self._views = [view for view in views if view.signal in ENGINE_SIGNALS]
+        # Distributions are exported as they are: nobody is shown a quantile of another rank's.
+        self._views = [
+            view
+            for view in views
+            if view.signal in ENGINE_SIGNALS and SIGNALS[view.signal].kind != "distribution"
+        ]
         self._followed: dict[int, _Followed] = {}
         self._seen: list[RankView] = []
         self._look_ns: int | None = None
@@ -97,7 +103,15 @@ class OtherRanks:
         each.readings = sight.readings
         each.windows.take(sight.readings)
         shown = {(view.signal, view.klass): each.windows.value(view, now_ns) for view in self._views}
-        return RankView(rank, sight, shown, each.readings, each.adapter.histogram, each.adapter.tenants)
+        return RankView(
+            rank,
+            sight,
+            shown,
+            each.readings,
+            each.adapter.histogram,
+            each.adapter.tenants,
+            each.adapter.tenant_counts,
+        )
 
     def _rescan(self) -> None:
         ranks = {rank for rank in self._ranks() if not self._is_flown(rank)}

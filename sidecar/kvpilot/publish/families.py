@@ -185,6 +185,10 @@ _ROWS = (
         ("tenant_kv_blocks", _G, "tenant", "KV blocks that a tenant holds."),
         ("tenant_kv_block_seconds", _C, "tenant", "KV blocks times seconds held by a tenant."),
         ("tenant_tokens", _C, "tenant", "Tokens computed for a tenant."),
+        ("tenant_prefix_queried_tokens", _C, "tenant",
+         "Prompt tokens of a tenant looked up in the prefix cache."),
+        ("tenant_prefix_hit_tokens", _C, "tenant",
+         "Those of them that were found: over those looked up, its hit ratio."),
         ("tenant_offered", _C, "tenant", "Requests of a tenant that reached the valves."),
         ("tenant_admitted", _C, "tenant", "Requests of a tenant that the valves let in."),
         ("tenant_shed", _C, "tenant", "Requests of a tenant that the valves turned away."),
@@ -220,6 +224,12 @@ _ROWS = (
         ("gpu_xid_events", _C, "gpu xid", "XID errors that the driver told since the pilot came."),
     ),
 )  # fmt: skip
+
+TENANT_COUNTS = {
+    "prefix_tokens_queried_total": "tenant_prefix_queried_tokens",
+    "prefix_tokens_hit_total": "tenant_prefix_hit_tokens",
+}
+"""Columns of the link's counts by tenant, and what they are exported as."""
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (*SIGNAL_FAMILIES.values(), *FIELD_FAMILIES.values(), *_ROWS)

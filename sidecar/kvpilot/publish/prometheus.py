@@ -57,11 +57,19 @@ class Collector:
         if board.tick is None or board.tick.sight.manifest is None:
             return None
         shown = {(view.signal, view.klass): value for view, value in board.values()}
-        return RankView(flight.rank, board.tick.sight, shown, board.latest, engine.histogram, engine.tenants)
+        return RankView(
+            flight.rank,
+            board.tick.sight,
+            shown,
+            board.latest,
+            engine.histogram,
+            engine.tenants,
+            engine.tenant_counts,
+        )
 
     def _add_rank(self, sheet: Sheet, view: RankView, now_ns: int, own: bool) -> None:
         self._ranks.add(sheet, view, now_ns, own)
-        self._tenants_of(view.rank).add_rows(sheet, view.tenants(), view.rank)
+        self._tenants_of(view.rank).add_rows(sheet, view.tenants(), view.rank, view.tenant_counts())
 
     def _tenants_of(self, rank: int | None) -> TenantMetrics:
         return self._tenants.setdefault(rank, TenantMetrics())
@@ -77,6 +85,8 @@ class MetricsPage:
         self.collector = collector or Collector(flight)
         self._writer = Writer()
         self._kept: dict[bool, tuple[int, bytes]] = {}
+        self._collected: tuple[int, list[Collected]] | None = None
+        """What both formats show, and since when."""
 
     def answer(self, accept: str) -> tuple[bytes, str]:
         """The page and its content type, for a request with this `Accept` header."""
@@ -97,9 +107,10 @@ class MetricsPage:
         kept = self._kept.get(openmetrics)
         if kept is not None and now_ns - kept[0] < REFRESH_NS:
             return kept[1]
-        collected = self.collector.collect()
-        page = self._writer.write(collected + self._own(), openmetrics)
-        self._kept[openmetrics] = (now_ns, page)
+        if self._collected is None or now_ns - self._collected[0] >= REFRESH_NS:
+            self._collected = (now_ns, self.collector.collect())
+        page = self._writer.write(self._collected[1] + self._own(), openmetrics)
+        self._kept[openmetrics] = (self._collected[0], page)
         self.renders += 1
         self.durations.observe((clock.monotonic_ns() - now_ns) / NS)
         return page

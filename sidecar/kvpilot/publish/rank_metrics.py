@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from kvpilot.adapters.other_ranks import RankView
 from kvpilot.adapters.windows import Reading
 from kvpilot.clock import NS
+from kvpilot.link.histogram import HistogramSnapshot
 from kvpilot.link.telemetry import TenantRow
 from kvpilot.link.valve_page import ValveRow
 from kvpilot.publish.exemplars import Exemplars, Told
 from kvpilot.publish.exposition import Exemplar, distribution
-from kvpilot.publish.families import FIELD_FAMILIES, SIGNAL_FAMILIES
+from kvpilot.publish.families import FIELD_FAMILIES, SIGNAL_FAMILIES, TENANT_COUNTS
 from kvpilot.publish.sheet import Sheet
 from kvpilot.publish.tenant_names import Counted, TenantNames
 from kvpilot.publish.traces import trace_id
@@ -33,9 +35,10 @@ class RankMetrics:
     def add(self, sheet: Sheet, view: RankView, now_ns: int, own: bool) -> None:
         """Everything about one rank that has an engine."""
         self._add_engine(sheet, view)
+        ages_s = _ages_s(view, now_ns)
         for signal in SIGNALS.values():
             if signal.provider in (_ALL_PROVIDERS if own else _ENGINE_ONLY):
-                self._add_signal(sheet, signal, view, now_ns, own)
+                self._add_signal(sheet, signal, view, ages_s.get(signal.name), own)
         record, manifest = view.sight.record, view.sight.manifest
         assert manifest is not None
         for field, name in _FIELD_NAMES.items():
@@ -59,7 +62,9 @@ class RankMetrics:
         sheet.add("kv_block_tokens", manifest.block_size, rank=rank)
         sheet.add("kv_block_bytes", manifest.bytes_per_block, rank=rank)
 
-    def _add_signal(self, sheet: Sheet, signal: Signal, view: RankView, now_ns: int, own: bool) -> None:
+    def _add_signal(
+        self, sheet: Sheet, signal: Signal, view: RankView, age_s: float | None, own: bool
+    ) -> None:
         manifest = view.sight.manifest
         assert manifest is not None
         levels: Iterable[str | None] = manifest.classes if signal.per_class and manifest.classes else (None,)
@@ -78,7 +83,8 @@ class RankMetrics:
         sheet.add("signal_available", float(why is None), signal.name, rank=view.rank)
         if why is not None:
             sheet.add("signal_missing", 1.0, signal.name, why.reason, rank=view.rank)
-        age_s = _age_s(view, signal.name, now_ns, why)
+        if age_s is None and why is not None:
+            age_s = why.age_s
         if age_s is not None:
             sheet.add("signal_age_seconds", age_s, signal.name, rank=view.rank)
 
@@ -95,8 +101,10 @@ class RankMetrics:
         reading = view.readings.get((signal, level))
         if isinstance(reading, Missing):
             return reading
-        snapshot = view.histogram(signal, None if level is None else index)
+        snapshot = reading.value if isinstance(reading, Reading) else None
         if snapshot is None:
+            snapshot = view.histogram(signal, None if level is None else index)
+        if not isinstance(snapshot, HistogramSnapshot):
             return _NOTHING
         told = self._exemplars.of(signal, level) if own else {}
         exemplars = {bound: self._exemplar(sheet, each, view.rank) for bound, each in told.items()}
@@ -121,16 +129,13 @@ def _value(signal: Signal, view: RankView, level: str | None) -> float | Missing
     return reading.value if isinstance(reading.value, float | int) else _NOTHING
 
 
-def _age_s(view: RankView, signal: str, now_ns: int, why: Missing | None) -> float | None:
-    """Since the newest look at the signal, of any class."""
-    found = [
-        reading.at_ns
-        for (name, _), reading in view.readings.items()
-        if name == signal and isinstance(reading, Reading)
-    ]
-    if found:
-        return max(0.0, (now_ns - max(found)) / NS)
-    return why.age_s if why is not None else None
+def _ages_s(view: RankView, now_ns: int) -> dict[str, float]:
+    """Seconds since the newest look at each signal, of any class."""
+    newest: dict[str, int] = {}
+    for (name, _), reading in view.readings.items():
+        if isinstance(reading, Reading) and reading.at_ns > newest.get(name, -1):
+            newest[name] = reading.at_ns
+    return {name: max(0.0, (now_ns - at_ns) / NS) for name, at_ns in newest.items()}
 
 
 class TenantMetrics:
@@ -140,8 +145,14 @@ class TenantMetrics:
         self._names = TenantNames()
         self._counted: dict[str, Counted] = {}
 
-    def add_rows(self, sheet: Sheet, rows: Iterable[TenantRow], rank: int) -> None:
-        """What tenants hold in one rank."""
+    def add_rows(
+        self,
+        sheet: Sheet,
+        rows: Iterable[TenantRow],
+        rank: int,
+        counts: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    ) -> None:
+        """What tenants hold in one rank, and what is counted of those that have a row there."""
         rows = list(rows)
         self._names.rank({row.name: row.kv_blocks + 1e-12 * row.tokens_total for row in rows})
         for name, field in (
@@ -159,6 +170,11 @@ class TenantMetrics:
             sheet, "tenant_kv_block_seconds", {row.name: row.block_ns_total / NS for row in rows}, rank
         )
         self._count(sheet, "tenant_tokens", {row.name: row.tokens_total for row in rows}, rank)
+        for column, family in TENANT_COUNTS.items():
+            totals = {row.name: counts.get(row.name, {}).get(column) for row in rows}
+            known = {name: float(total) for name, total in totals.items() if total is not None}
+            if known:
+                self._count(sheet, family, known, rank)
 
     def add_valve_rows(self, sheet: Sheet, rows: Iterable[ValveRow]) -> None:
         """What tenants asked of the valves."""

@@ -403,3 +403,36 @@ def test_the_engine_behaves_the_same_without_a_link() -> None:
 
     assert "KVPILOT_TELEMETRY" not in os.environ
     assert flown(disabled=True) == flown(disabled=False)
+
+
+def test_what_the_prefix_cache_has_of_a_tenants_prompts_is_told_by_tenant() -> None:
+    """By tenant, together what the step record counts of those with a name; without a cache there is no such
+    table.
+    """
+    flight = Flight(cached=True)
+    for number in range(1, 4):
+        flight.arrive(7, prompt=2 * BLOCK + 1, output=1, tenant="acme")
+        flight.arrive(50 + number, prompt=6, output=1, tenant="globex")
+        while flight.core.requests:
+            flight.step()
+    flight.idle()
+    counts = flight.reader.tenant_counts()
+    names = ("prefix_tokens_queried_total", "prefix_tokens_hit_total")
+    assert {tenant: tuple(row[name] for name in names) for tenant, row in counts.items()} == {
+        "acme": (3 * (2 * BLOCK + 1), 2 * 2 * BLOCK),
+        "globex": (18, 0),
+    }
+    record = flight.reader.poll()[-1]
+    assert [sum(row[name] for row in counts.values()) for name in names] == [record[name] for name in names]
+    assert Flight().reader.tenant_counts() == {}
+
+
+def test_counts_of_tenants_are_bounded() -> None:
+    """Whoever can name tenants cannot make the engine remember them all."""
+    flight = Flight(cached=True)
+    for number in range(3 * MAX_TENANTS):
+        flight.arrive(number, prompt=2, output=1, tenant=f"t{number}")
+        while flight.core.requests:
+            flight.step()
+    flight.idle()
+    assert len(flight.scheduler.tables.prefix_by_tenant) <= MAX_TENANTS

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from link_pages import IDENTITY, NONCE, Telemetry, manifest, read_at
 
+from kvpilot.link.ending import Ending
 from kvpilot.link.fields import STEP_FIELDS, Field, knob_field
 from kvpilot.link.page import HEADER_BYTES, LinkError, PageHeader
 from kvpilot.link.telemetry import TelemetryReader, TelemetryWriter, TenantRow, plan_page
