@@ -4,6 +4,8 @@ from kvpilot.publish.durations import BOUNDS_S, Durations
 from kvpilot.publish.exposition import Collected, Distribution
 from kvpilot.publish.families import FAMILIES
 
+_PLACE = {name: place for place, name in enumerate(FAMILIES)}
+
 
 class Sheet:
     """Collects samples of one engine. A family that is in no table cannot be added to."""
@@ -16,7 +18,8 @@ class Sheet:
     def add(self, name: str, value: float, *labels: str, rank: int | None = None) -> None:
         """One sample of `kvpilot_<name>`; `labels` are the values after engine and rank, in order."""
         own = self.rank if rank is None else str(rank)
-        self._of(name).samples.append(((self.engine, own, *labels), value))
+        collected = self._collected.get(name) or self._of(name)
+        collected.samples.append(((self.engine, own, *labels), value))
 
     def add_distribution(self, name: str, found: Distribution, *labels: str, rank: int | None = None) -> None:
         """One histogram of `kvpilot_<name>`."""
@@ -30,11 +33,10 @@ class Sheet:
 
     def collected(self) -> list[Collected]:
         """In the table's order."""
-        return [self._collected[name] for name in FAMILIES if name in self._collected]
+        return sorted(self._collected.values(), key=lambda each: _PLACE[each.family.name])
 
     def _of(self, name: str) -> Collected:
-        full = f"kvpilot_{name}"
-        found = self._collected.get(full)
+        found = self._collected.get(name)
         if found is None:
-            found = self._collected[full] = Collected(FAMILIES[full])
+            found = self._collected[name] = Collected(FAMILIES[f"kvpilot_{name}"])
         return found

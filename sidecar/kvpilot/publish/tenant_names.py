@@ -29,6 +29,7 @@ class TenantNames:
     def __init__(self, most: int = MOST_TENANTS) -> None:
         self._most = most
         self.named: set[str] = set()
+        self._labels: dict[str, str] = {}
 
     def rank(self, weights: Mapping[str, float]) -> None:
         """Choose again by `weights` (bigger matters more). Whoever has a label keeps it unless it has fallen
@@ -37,10 +38,11 @@ class TenantNames:
         kept = [name for name in order[: 2 * self._most] if name in self.named][: self._most]
         fresh = [name for name in order[: self._most] if name not in self.named]
         self.named = {*kept, *fresh[: self._most - len(kept)]}
+        self._labels = {name: self._labels.get(name) or tenant_label(name) for name in self.named}
 
     def label(self, name: str) -> str:
         """Whose label `name` counts under."""
-        return tenant_label(name) if name in self.named else OTHER
+        return self._labels.get(name, OTHER)
 
 
 class Counted:
