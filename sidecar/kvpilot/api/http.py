@@ -24,7 +24,7 @@ from kvpilot.clock import NS, Clock
 from kvpilot.flight import Flight
 from kvpilot.publish.exposition import TEXT
 from kvpilot.publish.prometheus import MetricsPage
-from kvpilot.publish.status import status
+from kvpilot.publish.status import StatusPage
 from kvpilot.version import version
 
 UNHEALTHY_AFTER_S = 5.0
@@ -39,7 +39,7 @@ def build_app(
 ) -> FastAPI:
     """The application. `page` is the metrics page where the caller has added to it; `show` the console's,
     where somebody runs it."""
-    page = page or MetricsPage(flight)
+    page, kept = page or MetricsPage(flight), StatusPage(flight)
     app = FastAPI(title="kvpilot", version=version(), openapi_url=None, docs_url=None, redoc_url=None)
 
     @app.get("/metrics")
@@ -52,8 +52,8 @@ def build_app(
         return Response(page.picker(), headers={"Content-Type": TEXT})
 
     @app.get("/status")
-    async def show_status() -> JSONResponse:
-        return JSONResponse(status(flight))
+    async def show_status() -> Response:
+        return Response(kept.body(), media_type="application/json")
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:

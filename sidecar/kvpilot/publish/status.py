@@ -3,6 +3,7 @@
 A signal without a value has its reason instead, never a zero. Infinity, which JSON lacks, is the text `+Inf`.
 """
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -57,6 +58,23 @@ def status(flight: Flight) -> dict[str, Any]:
         described["knobs"] = _knobs(tick)
         described["overrides"] = _overrides(tick)
     return described
+
+
+class StatusPage:
+    """The status as JSON, made once for each tick however many ask."""
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+        self._kept: tuple[Tick | None, int, bytes] | None = None
+
+    def body(self) -> bytes:
+        """The newest. A tick that failed shows nothing new but its count."""
+        board = self._flight.pilot.board
+        kept = self._kept
+        if kept is None or kept[0] is not board.tick or kept[1] != board.failures:
+            text = json.dumps(status(self._flight), ensure_ascii=False, separators=(",", ":"))
+            kept = self._kept = (board.tick, board.failures, text.encode())
+        return kept[2]
 
 
 def _engine(tick: Tick, name: str) -> dict[str, Any]:

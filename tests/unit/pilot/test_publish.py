@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from kvpilot.policy_directory import PolicyDirectory
 from kvpilot.publish.exposition import distribution
 from kvpilot.publish.families import metric_name
 from kvpilot.publish.prometheus import MetricsPage
-from kvpilot.publish.status import status
+from kvpilot.publish.status import StatusPage, status
 from kvpilot.publish.terminal import render
 from kvpilot.signals import SIGNALS
 
@@ -272,3 +273,15 @@ def test_what_valves_turn_away_and_why_and_what_is_left(tmp_path: Path) -> None:
     assert found[key("kvpilot_valve_lease_value", **lease)] == 100
     assert found[key("kvpilot_offered_prompt_tokens_total", **shed)] == 100
     assert status(flight(world, tmp_path))["engine"]["credits_left"] == {"batch": 70}
+
+
+def test_the_status_of_one_tick_is_made_once(flown: World, tmp_path: Path) -> None:
+    page = StatusPage(flight(flown, tmp_path))
+    body = page.body()
+    assert json.loads(body) == json.loads(json.dumps(status(flight(flown, tmp_path))))
+    assert page.body() is body
+    flown.tick()
+    assert page.body() is not body
+    body = page.body()
+    flown.pilot.board.failures += 1
+    assert json.loads(page.body())["pilot"]["failed_ticks"] == 1
