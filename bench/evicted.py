@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from kvengine.kv.eviction.by_head import Profile, compact
 from kvengine.kv.eviction.mass import Mass
 from kvengine.kv.eviction.policy import Eviction
 from kvengine.kv.eviction.relieve import relieve
@@ -29,8 +30,10 @@ MODES = {
     "h2o": Eviction("h2o", sink=50, recent=300, heavy=50),
     "window": Eviction("window", sink=50, recent=350),
     "streaming": Eviction("streaming", sink=50, recent=350),
+    "h2o_by_head": Eviction("h2o", sink=50, recent=300, heavy=50, by_head=True),
+    "fastgen": Eviction("fastgen", sink=50, recent=300, heavy=50, recovery=0.95),
 }
-"""Each keeps 400 tokens."""
+"""Each keeps 400 tokens; `fastgen` what each head needs, up to all."""
 
 
 class Reader:
@@ -62,10 +65,17 @@ class Reader:
                 raise RuntimeError("the pool holds the whole text")
             scored = eviction is not None and eviction.scored
             piece = request.tokens[request.computed : end]
-            span = Span(piece, request.computed, request.blocks, 1, 1, request.evicted, scored)
+            ends_prompt = eviction is not None and eviction.exact and end == PROMPT
+            profile = Profile(eviction) if eviction is not None and ends_prompt else None
+            if request.heads is not None:
+                request.heads.take(request.blocks[request.heads.blocks :])
+            place = request.computed, request.blocks, 1, 1, request.evicted, scored
+            span = Span(piece, *place, profile, request.heads)
             logits = self._model.forward([span], self._storage, self._scratch, self._mass)
             request.computed = end
-            if scored:
+            if profile is not None:
+                request.heads = compact(profile, request.blocks, self._storage, self._mass)
+            elif scored and not eviction.exact:
                 blocks = request.blocks[: -(-request.stored // BLOCK_SIZE)]
                 request.block_mass = self._mass.of_blocks(blocks, request.stored)
             if end >= PROMPT:
@@ -104,7 +114,7 @@ def compare(
             following = torch.tensor(tokens[PROMPT:])
             full, _, whole = engine.score(tokens[:-1], None, PROMPT)
             for name, eviction in MODES.items():
-                for chunk in chunks:
+                for chunk in chunks[-1:] if eviction.exact else chunks:
                     logits, evicted, held = engine.score(tokens[:-1], eviction, chunk)
                     cell = rows[name].setdefault(f"{domain}_chunk_{chunk}", [])
                     cell.append(

@@ -194,7 +194,8 @@ class EagerExecutor:
         behind = sum(len(piece.request.tokens) - piece.request.draft_computed for piece in drafting)
         scored = self._mass is not None and any(_scored(piece) for piece in slices)
         size = StepSize(tokens, rows, drawn, context)
-        return self.footprint.step_bytes(size, len(drafting), behind, scored)
+        moved = max((piece.start + piece.count for piece in slices if _ends_prompt(piece)), default=0)
+        return self.footprint.step_bytes(size, len(drafting), behind, scored, moved)
 
 
 def _exact(piece: Slice) -> bool:

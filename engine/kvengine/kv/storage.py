@@ -1,5 +1,5 @@
-"""The KV pool's memory: one tensor a layer, in a view for each precision. Which block holds what is
-`kv.pool`'s business; which precision a sequence has is the scheduler's.
+"""The KV pool's memory: one tensor, a part of it each layer's, in a view for each precision. Which block holds
+what is `kv.pool`'s business; which precision a sequence has is the scheduler's.
 
 Zeroed at the start, and again when a block changes its precision: attention multiplies hidden positions by
 zero, and zero times what other bits mean as a float is not always zero.
@@ -35,9 +35,9 @@ class KvStorage:
         self.geometry = geometry
         self.precisions = precisions
         block_bytes = geometry.block_floats * FLOAT_BYTES * precisions.own.bits // 32
-        self._memory = [
-            torch.zeros(blocks, block_bytes, dtype=torch.uint8, device=device) for _ in range(layers)
-        ]
+        self.whole = torch.zeros(layers, blocks, block_bytes, dtype=torch.uint8, device=device)
+        """[layers, blocks, block_bytes]"""
+        self._memory = list(self.whole.unbind())
         self._packings = [1] * blocks
         """What each block was last written in."""
         self._mixed = False
@@ -108,6 +108,7 @@ class Stored:
         token_elements = self.geometry.token_floats * min(self.precision.bits, 8) // 8
         dtype = DTYPES[self.precision]
         self.blocks: list[Tensor] = [layer.view(dtype) for layer in storage.memory]
+        self.every_layer = storage.whole.view(dtype)
         self.tokens: list[Tensor] = [layer.view(-1, token_elements) for layer in self.blocks]
         self._storage = storage
         self._scales: Scales | None = None

@@ -73,13 +73,17 @@ class Footprint:
         """Of the target: its bytes a token are what a larger chunk costs."""
         return self.target.step_memory
 
-    def step_bytes(self, size: StepSize, drafting: int, behind: int, scored: bool = False) -> int:
+    def step_bytes(
+        self, size: StepSize, drafting: int, behind: int, scored: bool = False, moved: int = 0
+    ) -> int:
         """A step of `size` for the target, and before it the draft for `drafting` sequences.
 
         `behind` tokens are missing from the draft's KV. The two models run one after the other. `scored`:
-        whether attention is computed once more for its weights.
+        whether attention is computed once more for its weights. `moved`: tokens of the longest sequence whose
+        KV is put together by head.
         """
         target_bytes = self.target.step_memory.step_bytes(size)
+        target_bytes += moved * (self.kv_bytes_per_token + self.score_bytes_per_token)
         if scored:
             weights = TILE_ROWS * self.target.heads * self.max_model_len
             target_bytes += (_SCORING_COPIES * weights + self.target.query_width * size.tokens) * FLOAT_BYTES
@@ -95,7 +99,8 @@ class Footprint:
         size = StepSize(step_tokens, rows, 2 * rows, min(running, step_tokens) * self.max_model_len)
         # What the draft lacks has nothing to do with the step's tokens: whole contexts, at the worst.
         behind = running * self.max_model_len
-        return self.step_bytes(size, running if drafts else 0, behind, self.heavy_hitters)
+        moved = self.max_model_len if self.heavy_hitters else 0
+        return self.step_bytes(size, running if drafts else 0, behind, self.heavy_hitters, moved)
 
     def geometries(self) -> list[Geometry]:
         return [

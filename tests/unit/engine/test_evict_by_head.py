@@ -141,8 +141,7 @@ def test_evict_fastgen_takes_the_cheapest_policy_that_keeps_enough(reference, ta
                     break
             sizes.append(len(seen[layer][head][PROMPT]))
             assert sizes[-1] == (PROMPT + 1 if share.all else share.limit)
-    need = [sum(-(-size // BLOCK_SIZE) for size in sizes[at : at + KV_HEADS]) for at in range(0, 6, KV_HEADS)]
-    assert held[0] == -(-max(need) // KV_HEADS)
+    assert held[0] == -(-sum(-(-size // BLOCK_SIZE) for size in sizes) // len(sizes))
     if recovery == 1.0:
         assert set(sizes) == {PROMPT + 1}
         plain = Request(1, text(PROMPT), SamplingParams(OUTPUT, 0.0))

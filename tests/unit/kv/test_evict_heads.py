@@ -35,13 +35,13 @@ def test_evict_by_head_keeps_first_latest_and_heaviest() -> None:
     st.integers(0, 25),
     st.data(),
 )
-def test_evict_by_head_uses_no_more_than_its_fullest_layer(
+def test_evict_by_head_uses_no_more_blocks_than_its_heads_fill(
     given_shares: list[list[Share]], count: int, more: int, data: st.DataObject
 ) -> None:
     kv_heads = len(given_shares[0])
     blocks = [7 * i + 3 for i in range(ceil(count / BLOCK) + more + 1)]
     kept = [[(share, share.keeps([1.0] * count)) for share in layer] for layer in given_shares]
-    tables = HeadTables.after_prompt(blocks, BLOCK, kept)
+    tables = HeadTables.after_prompt(blocks, BLOCK, 1000, kept)
     full = [[list(positions) for _, positions in layer] for layer in kept]
     for position in range(count, count + more):
         tables.take(blocks[tables.blocks : tables.wanted])
@@ -61,12 +61,16 @@ def test_evict_by_head_uses_no_more_than_its_fullest_layer(
                     assert mass[was.index(one)] == min(mass[was.index(p)] for p in going)
                 stored[:] = sorted(head.positions)
     assert tables.blocks <= len(blocks)
-    need = [ceil(sum(ceil(len(h.positions) / BLOCK) for h in heads) / kv_heads) for heads in tables.layers]
-    assert tables.blocks == max(need)
-    for free, heads in zip(tables.free, tables.layers, strict=True):
-        used = [one for head in heads for one in head.table] + free
-        assert sorted(used) == sorted(
-            b * kv_heads + h for b in blocks[: tables.blocks] for h in range(kv_heads)
-        )
-        assert all(len(head.table) == ceil(len(head.positions) / BLOCK) for head in heads)
-        assert all(len(set(head.positions)) == len(head.positions) for head in heads)
+    every = [head for heads in tables.layers for head in heads]
+    need = sum(ceil(len(head.positions) / BLOCK) for head in every)
+    assert tables.blocks == ceil(need / len(every))
+    used = [one for head in every for one in head.table] + tables.free
+    whole = [
+        (layer * 1000 + block) * kv_heads + one
+        for layer in range(len(tables.layers))
+        for block in blocks[: tables.blocks]
+        for one in range(kv_heads)
+    ]
+    assert sorted(used) == sorted(whole)
+    assert all(len(head.table) == ceil(len(head.positions) / BLOCK) for head in every)
+    assert all(len(set(head.positions)) == len(head.positions) for head in every)

@@ -1,6 +1,6 @@
 """Moving and reading KV that is kept head by head; `heads` says what lies where.
 
-A layer's pool seen as a pool of head blocks is one of a model with a single KV head: so the same kernels
+The pool seen as a pool of head blocks is that of a layer with a single KV head: so the same kernels
 write and attend, with the KV heads of a sequence in the place of sequences. Only KV stored as values (fp32,
 bf16): scales belong to heads, and a block would be of several. Python time a step is O(layers x kv_heads).
 """
@@ -75,20 +75,24 @@ def _weights(query: Tensor, stored: Stored, layer: int, span: Span, slots: Tenso
 def compact(profile: Profile, blocks: Sequence[int], storage: KvStorage, mass: Mass) -> HeadTables:
     """Move what is kept of a prompt that lies in `blocks` together, into the first of them."""
     own, geometry = storage.at(1), storage.geometry
-    tables = HeadTables.after_prompt(blocks, geometry.block_size, profile.kept)
+    pool_blocks = len(own.blocks[0])
+    tables = HeadTables.after_prompt(blocks, geometry.block_size, pool_blocks, profile.kept)
     device = own.tokens[0].device
+    moved = []
     for layer, heads in enumerate(tables.layers):
         longest = max(max(head.positions) for head in heads) + 1
         slots = indices(Span(0, longest, longest, blocks).slots(geometry.block_size), device)
-        # Copies: what is read here may be where something else is going.
         kv = own.tokens[layer].index_select(0, slots).view(longest, 2, geometry.kv_heads, -1)
         drawn = mass.layers[layer].index_select(0, slots)
-        single, scores = _tokens(own, layer), mass.layers[layer].view(-1)
         for number, head in enumerate(heads):
             kept = indices(head.positions, device)
-            places = indices(head.slots(geometry.block_size), device)
-            single.index_copy_(0, places, kv[kept, :, number].flatten(1))
-            scores.index_copy_(0, places, drawn[kept, number])
+            moved.append((head, kv[kept, :, number].flatten(1), drawn[kept, number]))
+    # All is read before anything is written: what goes where may lie where something else is read.
+    single, scores = _tokens(own), mass.whole.view(-1)
+    for head, values, weights in moved:
+        places = indices(head.slots(geometry.block_size), device)
+        single.index_copy_(0, places, values)
+        scores.index_copy_(0, places, weights)
     return tables
 
 
@@ -107,27 +111,33 @@ class HeadRow:
         """Store the token's KV in each head, score, and fill its row of `out` [rows, heads, head_dim]."""
         stored, geometry, scratch = self._stored, self._geometry, self._scratch
         heads, block_size = self._tables.layers[layer], geometry.block_size
-        mass = self._mass.layers[layer].view(-1, 1)
+        mass = self._mass.whole.view(-1, 1)
         slots = self._tables.place(layer, self._position, self._drawn(layer))
         fresh = indices(slots, query.device)
         kv = new_kv[self._row].view(2, len(heads), -1).transpose(0, 1).flatten(1)
-        attention.write(_tokens(stored, layer), fresh, kv, geometry.head_dim, scratch, stored.precision)
+        attention.write(_tokens(stored), fresh, kv, geometry.head_dim, scratch, stored.precision)
         mass.index_fill_(0, fresh, 0.0)
         asked = query[self._row].view(len(heads), geometry.group, -1)
         given = out[self._row].view(len(heads), geometry.group, -1)
         spans = [Span(number, 1, len(head.positions), head.table) for number, head in enumerate(heads)]
-        pool = stored.blocks[layer].view(-1, block_size * geometry.token_floats)
-        attention.accumulate(mass, asked, pool, spans, geometry, scratch, stored.precision)
+        pool = stored.every_layer.view(-1, block_size * geometry.token_floats)
+        scored = [span for span, head in zip(spans, heads, strict=True) if head.share.heavy]
+        if scored:
+            attention.accumulate(mass, asked, pool, scored, geometry, scratch, stored.precision)
         attention.PagedAttention(spans, geometry, scratch, asked, given, stored.precision).attend(pool)
 
     def _drawn(self, layer: int) -> list[list[float]]:
-        """What each token of each head has drawn so far."""
-        heads, mass = self._tables.layers[layer], self._mass.layers[layer].view(-1)
-        slots = [head.slots(self._geometry.block_size) for head in heads]
+        """What each token has drawn so far, of the heads in which one has to go."""
+        heads, mass = self._tables.layers[layer], self._mass.whole.view(-1)
+        full = [len(head.positions) == head.share.limit and not head.share.all for head in heads]
+        slots = [
+            head.slots(self._geometry.block_size) if one else []
+            for head, one in zip(heads, full, strict=True)
+        ]
         flat = mass.index_select(0, indices([slot for some in slots for slot in some], mass.device))
         return [one.tolist() for one in flat.split([len(some) for some in slots])]
 
 
-def _tokens(stored: Stored, layer: int) -> Tensor:
-    """A layer's pool as [slots of head blocks, K and V of one head]."""
-    return stored.tokens[layer].view(-1, 2 * stored.geometry.head_dim)
+def _tokens(stored: Stored) -> Tensor:
+    """The pool as [slots of head blocks, K and V of one head]."""
+    return stored.every_layer.view(-1, 2 * stored.geometry.head_dim)

@@ -1,11 +1,13 @@
 """KV kept head by head: each KV head of each layer has tokens, and so a block table, of its own.
 
-A block of the pool has room for `block_size` tokens of all heads of a layer. Seen head by head the same
-bytes are `kv_heads` *head blocks* of `block_size` tokens of one head, numbered block * kv_heads and on. So
-heads that keep little make room for those that keep much, and a sequence needs as many blocks as its fullest
-layer:
+A block of the pool has room for `block_size` tokens of all heads of all layers. Seen head by head the same
+bytes are layers x kv_heads *head blocks* of `block_size` tokens of one head, and any head of any layer may
+use any of them. So heads that keep little make room for those that keep much:
 
-    max over layers of ceil(sum over heads of ceil(tokens of the head / block_size) / kv_heads)
+    blocks = ceil(sum over layers and heads of ceil(tokens of the head / block_size) / (layers x kv_heads))
+
+Head block `one` of a block in the part of the pool that is a layer's has the number
+(layer x blocks of the pool + block) x kv_heads + one.
 
 Keys keep their true positions, so that the order of a head's tokens means nothing and a new token may take
 the place of the one that goes. No torch: the executor moves the KV.
@@ -80,9 +82,10 @@ class HeadTables:
 
     block_size: int
     kv_heads: int
-    layers: list[list[Head]]
-    free: list[list[int]] = field(default_factory=list)
-    """Head blocks of each layer that no head uses yet, the next to use last."""
+    pool_blocks: int
+    layers: list[list[Head]] = field(default_factory=list)
+    free: list[int] = field(default_factory=list)
+    """Head blocks that no head uses yet, the next to use last."""
     blocks: int = 0
     """How many blocks of the request's table are divided among the heads."""
 
@@ -91,43 +94,45 @@ class HeadTables:
         cls,
         blocks: Sequence[int],
         block_size: int,
+        pool_blocks: int,
         kept: Sequence[Sequence[tuple[Share, list[int]]]],
     ) -> "HeadTables":
         """Tables over as few of `blocks` as will do. `kept[layer][head]`: its share and its positions."""
-        kv_heads = len(kept[0])
-        need = max(sum(-(-len(positions) // block_size) for _, positions in heads) for heads in kept)
-        made = cls(block_size, kv_heads, [], [[] for _ in kept])
-        made.take(blocks[: -(-need // kv_heads)])
-        for free, heads in zip(made.free, kept, strict=True):
-            made.layers.append(
-                [
-                    Head(
-                        share, [free.pop() for _ in range(-(-len(positions) // block_size))], list(positions)
-                    )
-                    for share, positions in heads
-                ]
-            )
+        made = cls(block_size, len(kept[0]), pool_blocks, [[] for _ in kept])
+        need = sum(-(-len(positions) // block_size) for heads in kept for _, positions in heads)
+        made.take(blocks[: -(-need // made.head_blocks)])
+        for layer, heads in zip(made.layers, kept, strict=True):
+            for share, positions in heads:
+                table = [made.free.pop() for _ in range(-(-len(positions) // block_size))]
+                layer.append(Head(share, table, list(positions)))
         return made
+
+    @property
+    def head_blocks(self) -> int:
+        """Of one block."""
+        return len(self.layers) * self.kv_heads
 
     def take(self, blocks: Sequence[int]) -> None:
         """Divide more blocks."""
         self.blocks += len(blocks)
-        for free in self.free:
-            new = [block * self.kv_heads + one for block in blocks for one in range(self.kv_heads)]
-            free[:0] = reversed(new)
+        new = [
+            (layer * self.pool_blocks + block) * self.kv_heads + one
+            for block in blocks
+            for layer in range(len(self.layers))
+            for one in range(self.kv_heads)
+        ]
+        self.free[:0] = reversed(new)
 
     @property
     def wanted(self) -> int:
         """Blocks that hold one token more of every head, whatever goes for it."""
-        short = 0
-        for free, heads in zip(self.free, self.layers, strict=True):
-            growing = sum(
-                len(head.positions) == len(head.table) * self.block_size
-                and (head.share.all or len(head.positions) < head.share.limit)
-                for head in heads
-            )
-            short = max(short, growing - len(free))
-        return self.blocks + -(-short // self.kv_heads)
+        growing = sum(
+            len(head.positions) == len(head.table) * self.block_size
+            and (head.share.all or len(head.positions) < head.share.limit)
+            for heads in self.layers
+            for head in heads
+        )
+        return self.blocks + -(-max(0, growing - len(self.free)) // self.head_blocks)
 
     def place(self, layer: int, position: int, mass: Sequence[Sequence[float]]) -> list[int]:
         """The slot that the token at `position` takes in each head of this layer; who was there is gone."""
@@ -136,7 +141,7 @@ class HeadTables:
             victim = head.share.victim(head.positions, drawn, position)
             if victim is None:
                 if len(head.positions) == len(head.table) * self.block_size:
-                    head.table.append(self.free[layer].pop())
+                    head.table.append(self.free.pop())
                 victim = len(head.positions)
                 head.positions.append(position)
             else:

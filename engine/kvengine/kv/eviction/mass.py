@@ -17,12 +17,13 @@ from kvkernels.scratch import Scratch, indices
 
 
 class Mass:
-    """Of one pool. `layers[l]` is [token slots, kv_heads]."""
+    """Of one pool. `whole` is [layers, token slots, kv_heads], `layers` its parts."""
 
     def __init__(self, storage: KvStorage) -> None:
         geometry, blocks = storage.geometry, len(storage.blocks[0])
         shape, device = (blocks * geometry.block_size, geometry.kv_heads), storage.blocks[0].device
-        self.layers = [torch.zeros(shape, device=device) for _ in storage.blocks]
+        self.whole = torch.zeros(len(storage.blocks), *shape, device=device)
+        self.layers = list(self.whole.unbind())
         self._block_size = geometry.block_size
 
     def add(self, layer: int, query: Tensor, stored: Stored, spans: Sequence[Span], scratch: Scratch) -> None:
