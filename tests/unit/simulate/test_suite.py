@@ -106,7 +106,7 @@ def test_a_stage_is_the_same_every_time_and_its_own_for_each_seed(settings: Sett
     assert one.window_s == settings.budget.slice_s
     assert leg(settings.defaults, "defaults").name == "defaults"
     assert leg(settings.grid[0]).name == settings.grid[0].name
-    shared = stage(settings, settings.by_name["document-1.1"], 1)
+    shared = stage(settings, settings.by_name["document-0.9"], 1)
     assert shared.scene.deployment.prefix_cache
     assert not one.scene.deployment.prefix_cache
 
