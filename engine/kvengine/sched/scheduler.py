@@ -80,6 +80,8 @@ class Scheduler:
         self._admissions = 0
         self._budget_left = 0
         self._prefill_left = 0
+        self._prompts_run = False
+        """Whether, in the step being built, anybody who runs does not decode."""
         self._slices: list[Slice] = []
 
     def add(self, request: Request) -> None:
@@ -143,6 +145,7 @@ class Scheduler:
 
     def _schedule_decodes(self, speculative_tokens: int) -> None:
         decodes = [request for request in self.running if _decoding(request)]
+        self._prompts_run = len(decodes) < len(self.running)
         if not decodes:
             return
         drafts = 0
@@ -162,7 +165,7 @@ class Scheduler:
             else:
                 # One token comes out whatever is drafted: drafts past the last token would be waste.
                 alone = request.sampling.scored or request.eviction is not None
-                wanted = 0 if alone else min(drafts, request.output_left - 1)
+                wanted = min(drafts, request.output_left - 1) if drafts and not alone else 0
                 self._serve(Slice(request, request.computed, 1, wanted, samples=True, decode=True))
 
     def _spare_for_drafts(self, decodes: int) -> int:
@@ -178,6 +181,8 @@ class Scheduler:
                 item.drafts = 0
 
     def _schedule_prompts(self) -> None:
+        if not self._prompts_run:
+            return
         # Preemption only takes from the end of the list, so that walking it meanwhile is safe.
         for request in self.running:
             if self._budget_left == 0 or self._prefill_left == 0:
