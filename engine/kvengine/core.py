@@ -182,7 +182,8 @@ class Core:
             begun, ended = self._cut(fork, [token])
             fork.tokens += begun
             self._emit(step, fork, begun, ended)
-        request.forks = []
+        if request.forks:
+            request.forks = []
         self._emit(step, request, tokens, finish)
 
     def _move(self, step: Step, group: beam.BeamGroup) -> None:
@@ -214,7 +215,8 @@ class Core:
         if not request.sampling.ignore_eos and not self._eos.isdisjoint(tokens):
             end = next(index for index, token in enumerate(tokens) if token in self._eos) + 1
             return tokens[:end], "stop"
-        return tokens, "length" if len(tokens) == request.output_left else None
+        left = request.sampling.max_tokens - (len(request.tokens) - len(request.prompt))
+        return tokens, "length" if len(tokens) == left else None
 
     def _fail(self, step: Step, status: int, message: str) -> None:
         step.ended_ns = self._clock.monotonic_ns()
