@@ -76,6 +76,8 @@ class Telemetry:
 
     def record(self, step: Step, knobs: Knobs) -> None:
         """Write down a step that has ended."""
+        if not self._hook.enabled:
+            return
         self._observe(step)
         idle = not self._core.requests
         if idle or self._core.totals.steps % SCAN_STEPS == 0:
@@ -90,6 +92,8 @@ class Telemetry:
 
     def record_idle(self, now_ns: int, knobs: Knobs) -> None:
         """Between steps: write down again what moved without one: knobs, memory, requests."""
+        if not self._hook.enabled:
+            return
         gone = self._gone()
         if not self._echoed or gone != self._echoed[-1]:
             self._scan = _Scan(self._core, self._lengths)
