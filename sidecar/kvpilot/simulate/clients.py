@@ -146,14 +146,16 @@ class Clients:
         """What the engine says."""
         if message[0] == "out":
             at_ns, rows = message[1], message[2]
+            served, begins = self.served, False
             for request_id, tokens, finish, *_ in rows:
-                visit = self.served.get(request_id)
+                visit = served.get(request_id)
                 if visit is None:  # Its client has gone; the engine hears of that at its next step.
                     continue
-                self._door.byte_left(not visit.emitted)
+                begins = begins or not visit.emitted
                 visit.emitted.append((at_ns, len(tokens)))
                 if finish is not None:
                     self._end(visit, Fate.FINISHED, 200)
+            self._door.byte_left(begins)
             return
         _, request_id, status, why = message
         visit = self.served.get(request_id)
