@@ -106,11 +106,13 @@ class Windows:
 
     def require(self, views: Iterable[View]) -> None:
         """Keep the windows of `views` and no others; those that exist already keep their readings."""
-        tracks = {}
+        tracks: dict[tuple[Key, int], _Track] = {}
         self._by_view = {}
         for view in views:
             identity = (view.signal, view.klass), _window_ns(view)
-            tracks[identity] = self._tracks.get(identity) or _Track(SIGNALS[view.signal].kind, identity[1])
+            # Views alike share one: two policies may ask for the same window.
+            kept = tracks.get(identity) or self._tracks.get(identity)
+            tracks[identity] = kept or _Track(SIGNALS[view.signal].kind, identity[1])
             self._by_view[id(view)] = view, tracks[identity]
         self._tracks = tracks
         self._by_key = {}

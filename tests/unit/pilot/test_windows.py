@@ -169,3 +169,11 @@ def test_memory_is_bounded_however_long_the_window() -> None:
         bench.feed((tick / 10, 1.0))
     (track,) = bench.windows._tracks.values()
     assert len(track.readings) <= 1.1 * MOST_READINGS
+
+
+def test_two_views_that_are_alike_see_the_same() -> None:
+    one, other = View(), View()
+    windows = Windows()
+    windows.require([one, other])
+    windows.take({(GAUGE, None): Reading(NS, 3.0)})
+    assert (windows.value(one, NS), windows.value(other, NS)) == (3.0, 3.0)
