@@ -114,6 +114,8 @@ def _scheduler(
     lengths = LengthPredictor(limits.tokens)
     ahead = lengths if config.admission == "predicted" else None
     scheduler = Scheduler(pool, config.block_size, len(config.classes), tree, config.precisions, ahead)
+    if scheduler.peak is not None:
+        scheduler.peak.floor = config.admission_watermark
     return scheduler, limits, lengths
 
 

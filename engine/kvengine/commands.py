@@ -76,7 +76,7 @@ def serve(
     speculative_tokens: Annotated[int, typer.Option(help="Drafts a sequence and step; 0 is off.")] = 4,
     watermark: Annotated[float, typer.Option(help="Share of KV up to which requests are admitted.")] = 1.0,
     admission: Annotated[
-        str, typer.Option(help="What the watermark bounds: predicted peak of KV demand, or held now.")
+        str, typer.Option(help="What the watermark bounds: predicted (peak of KV) or held (now).")
     ] = "predicted",
     kv_dtype: Annotated[str, typer.Option(help="Of the KV pool: fp32, bf16, fp8, int8 or int4.")] = "fp32",
     kv_eight_bits: Annotated[

@@ -44,7 +44,7 @@ class EngineConfig:
     speculative_tokens: int = 4
     admission_watermark: float = 1.0
     admission: Literal["predicted", "held"] = "predicted"
-    """What the watermark is held against: the predicted peak of KV demand, or what is held now."""
+    """What the watermark bounds: the predicted peak of KV demand too, or only what is held now."""
     max_model_len: int | None = None
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"

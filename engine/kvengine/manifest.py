@@ -56,7 +56,7 @@ def build_manifest(
             0.05,
             1.0,
             config.admission_watermark,
-            f"to what is {'held now' if config.admission == 'held' else 'predicted to be held'}, {AT_STEP}",
+            f"to what is held{_peak_too(config)}, {AT_STEP}",
             granularity=0.01,
         ),
         _knob(
@@ -98,6 +98,10 @@ def build_manifest(
         unsupported_knobs=lacking,
         unsupported_signals=_unsupported(cached, device, [one.bits for one in config.precisions.offered]),
     )
+
+
+def _peak_too(config: EngineConfig) -> str:
+    return " and, from the baseline up, to the predicted peak" if config.admission == "predicted" else ""
 
 
 def _unsupported(cached: bool, device: str, offered_bits: Iterable[int]) -> dict[str, str]:

@@ -68,6 +68,10 @@ class PeakAdmission:
     def __init__(self, tables: BlockTables, lengths: LengthPredictor) -> None:
         self._tables = tables
         self._peak = PeakDemand(tables, lengths)
+        self.floor = 0.0
+        """A watermark in force below this share bounds what is held, and the peak is bounded by this share:
+        whoever lowers the watermark by what it expects to be needed would else count growth twice.
+        """
         self.pessimism = PESSIMISM
         """Standard normal deviate of the quantile."""
         self._read_in_step = self._admitted_since = 0
@@ -87,7 +91,7 @@ class PeakAdmission:
         if self._read_in_step != step or 8 * self._admitted_since >= len(running):
             self._peak.read(running, request)
             self._read_in_step, self._admitted_since = step, 0
-        limit = watermark * self._tables.pool.total
+        limit = max(watermark, self.floor) * self._tables.pool.total
         # The prefix is looked up only if it matters.
         if self._peak.with_candidate(request, 0, self.pessimism) <= limit:
             return True

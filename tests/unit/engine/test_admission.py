@@ -180,6 +180,21 @@ def test_a_request_alone_is_always_admitted() -> None:
     assert len(engine.finished_at_s) == 2
 
 
+def test_a_lowered_watermark_does_not_count_growth_twice() -> None:
+    """A pilot lowers the watermark by what it expects running requests to need: that bounds what is held."""
+    running = {}
+    for floor in (0.0, 1.0):
+        engine = Engine(160, LengthPredictor(FAR))
+        assert engine.scheduler.peak is not None
+        engine.scheduler.peak.floor = floor
+        for number in range(1, 31):
+            engine.ask(number, prompt=2 * BLOCK, output=6 * BLOCK, most=6 * BLOCK)
+        engine.scheduler.schedule(replace(WIDE, admission_watermark=0.3))
+        running[floor] = len(engine.scheduler.running)
+    # 8 blocks each at the peak, 2 now.
+    assert running == {0.0: 160 * 0.3 // 8, 1.0: 160 // 8}
+
+
 def test_max_tokens_bounds_what_is_expected() -> None:
     """History says 200 tokens; those who ask for 8 are let in together all the same, the others wait."""
     for most, admitted in ((8, 20), (400, 3)):
