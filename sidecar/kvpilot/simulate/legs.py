@@ -19,6 +19,7 @@ from kvpilot.simulate.plants.acceptance import Acceptance, Fixed
 from kvpilot.simulate.plants.named import Machine
 from kvpilot.simulate.plants.plant import Plant
 from kvpilot.simulate.replica import Replica, plain_prompt
+from kvpilot.simulate.stability import Range
 from kvpilot.workload.arrival import Arrival
 from kvpilot.workload.outcome import Outcome
 
@@ -59,6 +60,8 @@ class Result:
     virtual_s: float
     flown: Flown | None
     """What its pilot did; None without one."""
+    ranges: Mapping[str, Range]
+    """Of the engine's knobs; empty without a pilot."""
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: name, settings and score, without the requests."""
@@ -83,7 +86,7 @@ def fly_leg(scene: Scene, leg: Leg, arrivals: Sequence[Arrival], window_s: float
     )
     steps: int = replica.engine.core.totals.steps
     flown = replica.cockpit.flown if replica.cockpit is not None else None
-    return Result(leg, judged, outcomes, steps, replica.now_s, flown)
+    return Result(leg, judged, outcomes, steps, replica.now_s, flown, replica.knob_ranges)
 
 
 def load_policies(directory: Path, classes: Sequence[str]) -> PolicySet:

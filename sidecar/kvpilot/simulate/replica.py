@@ -15,6 +15,7 @@ from typing import Any
 from kvpilot.clock import NS, VirtualClock
 from kvpilot.inside.valve_law import Decision
 from kvpilot.link.controls import CONTROLS_BYTES
+from kvpilot.link.telemetry import TelemetryReader
 from kvpilot.pilot import TICK_NS
 from kvpilot.policy.rules import PolicySet
 from kvpilot.score import EngineTotals
@@ -26,6 +27,7 @@ from kvpilot.simulate.engine import build_engine
 from kvpilot.simulate.pages import MemoryPages
 from kvpilot.simulate.plants.acceptance import Acceptance, Fixed
 from kvpilot.simulate.plants.plant import Plant
+from kvpilot.simulate.stability import Range
 from kvpilot.simulate.valve import VirtualValve
 from kvpilot.simulate.wire import Wire
 from kvpilot.workload.arrival import Arrival
@@ -146,6 +148,14 @@ class Replica:
             core.totals.recomputed_tokens,
             kv_occupancy_max=self.engine.conservation.most_blocks / self.deployment.blocks,
         )
+
+    @property
+    def knob_ranges(self) -> dict[str, Range]:
+        """As the engine tells its pilot; empty without one."""
+        if self.cockpit is None:
+            return {}
+        knobs = TelemetryReader(self.engine.page.read_at).manifest.knobs
+        return {knob.name: (knob.minimum, knob.maximum, knob.baseline) for knob in knobs}
 
     @property
     def actions(self) -> int:
