@@ -303,6 +303,7 @@ ITSELF = Row(
             ),
             unit="short",
             least=0,
+            soft_most=1,
             width=8,
             height=7,
         ),

@@ -107,8 +107,8 @@ TRAFFIC = Row(
             "What reached the valves, what they let in, and what they turned away.",
             (
                 Query(f"sum({_rate('kvpilot_offered_total')})", "offered", REFERENCE, width=1, dash=(6, 4)),
-                Query(f"sum({_rate('kvpilot_admitted_total')})", "admitted", MEASURED, fill=15),
-                Query(f"sum({_rate('kvpilot_shed_total')})", "shed", BAD, fill=40),
+                Query(f"sum({_rate('kvpilot_shed_total')})", "shed", BAD, fill=25),
+                Query(f"sum({_rate('kvpilot_admitted_total')})", "admitted", MEASURED, width=3),
             ),
             unit="reqps",
             least=0,
@@ -128,7 +128,7 @@ TRAFFIC = Row(
                 ),
                 Query(ON_TIME, "on time", GOOD, fill=20),
             ),
-            unit="short",
+            unit="suffix: tok/s",
             least=0,
         ),
     ),
@@ -168,7 +168,7 @@ WORST = Row(
             ),
             sort="KV used",
             width=24,
-            height=7,
+            height=5,
         ),
         Panel(
             "bars",
@@ -185,7 +185,7 @@ WORST = Row(
             unit="s",
             least=0,
             width=8,
-            height=6,
+            height=5,
         ),
         Panel(
             "bars",
@@ -202,7 +202,7 @@ WORST = Row(
             least=0,
             most=1,
             width=8,
-            height=6,
+            height=5,
         ),
         Panel(
             "bars",
@@ -218,7 +218,7 @@ WORST = Row(
             unit="reqps",
             least=0,
             width=8,
-            height=6,
+            height=5,
         ),
     ),
 )

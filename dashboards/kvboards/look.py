@@ -110,7 +110,9 @@ async def drawn(lab: Lab, board: Board, begin_s: float, end_s: float, step_s: in
         if source.kind == "table":
             panel["table"] = await _table(lab, source, made, here, end_s)
         else:
-            panel["frames"] = await _frames(lab, made, here, begin_s, end_s, step_s)
+            # Grafana asks for one moment where only the last value is shown.
+            first_s = end_s if source.kind in ("stat", "bars") else begin_s
+            panel["frames"] = await _frames(lab, made, here, first_s, end_s, step_s)
         panels.append(panel)
         lowest = max(lowest, at["y"] + at["h"])
     choices = [
@@ -126,7 +128,7 @@ async def drawn(lab: Lab, board: Board, begin_s: float, end_s: float, step_s: in
         "rows": lowest,
         "width": WIDTH,
         "from": begin_s * 1000,
-        "to": end_s * 1000,
+        "to": (end_s + 3) * 1000,
         "step": step_s * 1000,
     }
 
@@ -223,7 +225,7 @@ async def look(seconds: float, boards: Sequence[Board], pages: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="kvpilot-look-") as folder:
         async with flying(Path(folder)) as lab:
             begin_s = round(lab.clock.wall_ns() / NS) + 2
-            await lab.drive(lab.arrivals(seconds, 1.8), drain_s=0.5)
+            await lab.drive(lab.arrivals(seconds, 1.2), drain_s=0.5)
             end_s = round(lab.clock.wall_ns() / NS)
             for board in boards:
                 page = await drawn(lab, board, begin_s, end_s, step_s)

@@ -75,6 +75,8 @@ class Panel:
     """Of a table, in order: (field, heading, unit)."""
     sort: str = ""
     no_value: str = ""
+    soft_most: float | None = None
+    """Where the axis ends if no value is higher: else a line at 0 has an axis to 100."""
     log: bool = False
     link: tuple[str, str] | None = None
     """(title, address)."""
@@ -189,6 +191,8 @@ def _lines(panel: Panel) -> Any:
             .calcs([])
         )
     )
+    if panel.soft_most is not None:
+        maker = maker.axis_soft_max(panel.soft_most)
     if panel.log:
         maker = maker.scale_distribution(
             common.ScaleDistributionConfig().type(style.ScaleDistribution.LOG).log(10)
@@ -257,7 +261,11 @@ def _table(panel: Panel) -> Any:
     names = {name: heading for name, heading, _ in panel.columns}
     order = {name: index for index, (name, _, _) in enumerate(panel.columns)}
     joined = ["Time", *(f"Time {index + 1}" for index in range(len(panel.queries)))]
-    maker = table.Panel().with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
+    maker = (
+        table.Panel()
+        .min_width(80)
+        .with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
+    )
     maker = maker.with_transformation(
         model.DataTransformerConfig(
             id_val="organize",

@@ -5,6 +5,7 @@ from kvboards.palette import BAD, CAUTION, HELD, MEASURED, REFERENCE
 from kvboards.panels import Panel, Query
 
 TENANT = f'{SELECT}, tenant=~"$tenant"'
+HELD_BLOCKS = f"sum by (tenant) (rate(kvpilot_tenant_kv_block_seconds_total{{{TENANT}}}[1m]))"
 POOL = f"scalar(sum(kvpilot_kv_pool_blocks{{{SELECT}}}))"
 
 MOST = Row(
@@ -12,11 +13,11 @@ MOST = Row(
     (
         Panel(
             "bars",
-            "KV memory held now",
-            "Share of all KV blocks. A block that tenants share counts for each.",
+            "KV memory held",
+            "Share of all KV blocks, mean of the last minute. A block that tenants share counts for each.",
             (
                 Query(
-                    f"topk(8, sum by (tenant) (kvpilot_tenant_kv_blocks{{{TENANT}}})) / {POOL}",
+                    f"topk(8, {HELD_BLOCKS}) / {POOL}",
                     "{{tenant}}",
                     HELD,
                 ),
@@ -37,7 +38,7 @@ MOST = Row(
                     MEASURED,
                 ),
             ),
-            unit="short",
+            unit="suffix: tok/s",
             least=0,
             width=8,
         ),
@@ -64,7 +65,7 @@ MOST = Row(
             "At most 20 tenants are told apart; (other) is the rest, (none) callers that nobody named.",
             (
                 Query(f"sum by (tenant) (kvpilot_tenant_kv_blocks{{{TENANT}}})"),
-                Query(f"sum by (tenant) (rate(kvpilot_tenant_kv_block_seconds_total{{{TENANT}}}[1m]))"),
+                Query(HELD_BLOCKS),
                 Query(f"sum by (tenant) (kvpilot_tenant_running{{{TENANT}}})"),
                 Query(f"sum by (tenant) (kvpilot_tenant_waiting{{{TENANT}}})"),
                 Query(f"sum by (tenant) (rate(kvpilot_tenant_offered_total{{{TENANT}}}[1m]))"),

@@ -10,11 +10,12 @@ import {
   FieldConfigOptionsRegistry,
   FieldType,
   getDisplayProcessor,
+  getDisplayValueAlignmentFactors,
   ThemeContext,
   toDataFrame,
 } from '@grafana/data';
 import { initPluginTranslations } from '@grafana/i18n';
-import { BarGauge, BigValue, PanelChrome, Table, TimeSeries } from '@grafana/ui';
+import { BarGauge, BigValue, GlobalStyles, PanelChrome, Table, TimeSeries } from '@grafana/ui';
 
 const page = window.PAGE;
 const theme = createTheme({ colors: { mode: 'dark' } });
@@ -27,7 +28,7 @@ const standard = ['unit', 'min', 'max', 'decimals', 'noValue', 'color', 'thresho
 const custom = [
   'lineWidth', 'fillOpacity', 'lineStyle', 'stacking', 'drawStyle', 'axisPlacement', 'fillBelowTo', 'showPoints',
   'spanNulls', 'lineInterpolation', 'scaleDistribution', 'thresholdsStyle', 'axisLabel', 'gradientMode', 'hideFrom',
-  'axisColorMode', 'axisCenteredZero', 'barAlignment', 'pointSize', 'axisGridShow', 'axisBorderShow',
+  'axisColorMode', 'axisCenteredZero', 'axisSoftMax', 'axisSoftMin', 'minWidth', 'barAlignment', 'pointSize', 'axisGridShow', 'axisBorderShow',
 ];
 const registry = new FieldConfigOptionsRegistry();
 const option = (id, path, isCustom) => ({
@@ -96,19 +97,22 @@ function Bars({ panel, width, height }) {
   const frames = styled(panel).filter((frame) => last(frame.fields[1]) !== null);
   const each = Math.min(34, height / Math.max(frames.length, 1));
   const most = Math.max(...frames.map((frame) => last(frame.fields[1])));
-  return frames.map((frame, index) => {
+  const bars = frames.map((frame) => {
     const field = frame.fields[1];
     const config = { ...field.config };
     // Without a `max` Grafana scales bars by the largest value it shows.
     config.max ??= most || 1;
     const display = getDisplayProcessor({ field: { ...field, config }, theme });
-    const value = { ...display(last(field)), title: frame.name };
-    return (
-      <BarGauge key={index} width={width} height={each} field={config} value={value} display={display}
-        orientation="horizontal" displayMode="basic" showUnfilled theme={theme} valueDisplayMode="text"
-        itemSpacing={8} alignmentFactors={{ title: 'a name of a tenant', text: '00000 xx' }} />
-    );
+    return { config, display, value: { ...display(last(field)), title: frame.name } };
   });
+  const alike = getDisplayValueAlignmentFactors(bars.map((bar) => ({ display: bar.value })));
+  return bars.map((bar, index) => (
+    <div key={index} style={{ height: each + 6 }}>
+      <BarGauge width={width} height={each} field={bar.config} value={bar.value} display={bar.display}
+        orientation="horizontal" displayMode="basic" showUnfilled theme={theme} valueDisplayMode="text"
+        itemSpacing={8} alignmentFactors={alike} />
+    </div>
+  ));
 }
 
 function Rows({ panel, width, height }) {
@@ -121,7 +125,7 @@ function Rows({ panel, width, height }) {
   }));
   const [frame] = applyFieldOverrides({
     data: [toDataFrame({ fields })],
-    fieldConfig: { defaults: { custom: {} }, overrides: panel.json.fieldConfig.overrides || [] },
+    fieldConfig: { defaults: panel.json.fieldConfig.defaults, overrides: panel.json.fieldConfig.overrides || [] },
     fieldConfigRegistry: registry, replaceVariables: (text) => text, theme, timeZone: 'utc',
   });
   return <Table data={frame} width={width} height={height} />;
@@ -209,10 +213,11 @@ function Shown({ panel }) {
 function Page() {
   return (
     <ThemeContext.Provider value={theme}>
+      <GlobalStyles />
       <div style={{ position: 'relative', width: page.width, height: page.rows * ROW + TITLE,
         background: theme.colors.background.canvas, color: theme.colors.text.primary,
         fontFamily: theme.typography.fontFamily, fontSize: 14 }}>
-        <div style={{ padding: '10px 8px', height: TITLE, fontSize: 16 }}>
+        <div style={{ padding: '10px 8px', height: TITLE, boxSizing: 'border-box', fontSize: 16 }}>
           {page.title}
           {page.choices.map(([label, value]) => (
             <span key={label} style={{ marginLeft: 18, fontSize: 12, color: theme.colors.text.secondary }}>

@@ -13,15 +13,14 @@ from kvboards.generate import BOARDS
 from kvboards.lab import Lab, flying
 from kvpilot.clock import NS
 
-LOAD_S, LOAD = 8.0, 1.6
-LOOK_BACK_S = 5.0
+LOAD_S, LOAD = 8.0, 1.2
 
 
 async def fly(folder: Path) -> dict[str, list[str]]:
     async with flying(folder) as lab:
         await lab.drive(lab.arrivals(LOAD_S, LOAD), drain_s=0.2)
         end_s = lab.clock.wall_ns() / NS
-        said = {board.name: await check.verdict(lab, board, end_s - LOOK_BACK_S, end_s) for board in BOARDS}
+        said = {board.name: await check.verdict(lab, board, end_s - LOAD_S, end_s) for board in BOARDS}
         said["that can fail"] = await spoilt(lab, end_s)
         said["rules"] = await unhealthy(lab)
         return said
