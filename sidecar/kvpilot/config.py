@@ -43,6 +43,12 @@ def _http(url: str) -> str:
     return url
 
 
+def _gpu_uuid(uuid: str) -> str:
+    if not uuid.startswith(("GPU-", "MIG-")):
+        raise ValueError(f"{uuid[:40]!r} is not a GPU's UUID: `nvidia-smi -L` lists them, GPU-... or MIG-...")
+    return uuid
+
+
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=86_400)]
 Positive = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=86_400)]
 File = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)]
@@ -94,9 +100,7 @@ class Api(_Model):
 class Gpu(_Model):
     """Which GPUs are the engine's, by UUID, where it does not say so itself and more than one is visible."""
 
-    devices: tuple[Annotated[str, Field(pattern=r"^(GPU|MIG)-[-0-9A-Za-z/]{1,80}$")], ...] = Field(
-        default=(), max_length=16
-    )
+    devices: tuple[Annotated[str, AfterValidator(_gpu_uuid)], ...] = Field(default=(), max_length=16)
 
 
 class Otlp(_Model):
@@ -105,6 +109,7 @@ class Otlp(_Model):
     endpoint: Annotated[str, AfterValidator(_http)] | None = None
     """As in `http://collector:4318`; `/v1/metrics` and `/v1/traces` are added."""
     headers: dict[str, str] = {}
+    """Without any, those of OTEL_EXPORTER_OTLP_HEADERS: secrets belong there."""
     interval: Positive = 15.0
     """Between two batches of metrics; spans go every second of it at most."""
     timeout: Positive = 10.0

@@ -194,3 +194,38 @@ def test_one_pilot_for_each_rank_and_one_of_them_for_the_valves(
     own = f"lab-{rank}" if rank else "lab"
     assert config.journal == Path(f"/state/kvpilot/{own}.sqlite")
     assert config.socket == Path(f"/run/kvpilot/{own}.sock")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "otlp: {endpoint: collector}",
+            "1:18: endpoint: 'collector' is not an http:// or https:// address",
+        ),
+        ("otlp: {endpoint: http://c, interval: 0}", "1:38: interval: should be above 0"),
+        (
+            "otlp: {endpint: http://c}",
+            "1:8: unknown key 'endpint' (did you mean 'endpoint'? "
+            "known: endpoint, headers, interval, timeout, resource, genai)",
+        ),
+        (
+            "gpu: {devices: [foo]}",
+            "1:17: 0: 'foo' is not a GPU's UUID: `nvidia-smi -L` lists them, GPU-... or MIG-...",
+        ),
+    ],
+)
+def test_what_is_sent_and_looked_at_is_checked(tmp_path: Path, text: str, line: str) -> None:
+    file = tmp_path / "kvpilot.yaml"
+    file.write_text(
+        f"{text}\nengine: {{telemetry: t, controls: c}}\nclasses: [{{name: a, ttft: 1, itl: 1}}]\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load(file, {})
+    assert str(caught.value) == f"{file}:{line}"
+
+
+def test_without_an_endpoint_nothing_is_sent(tmp_path: Path) -> None:
+    file = tmp_path / "kvpilot.yaml"
+    file.write_text("engine: {telemetry: t, controls: c}\nclasses: [{name: a, ttft: 1, itl: 1}]\n")
+    assert load(file, {}).otlp.endpoint is None
