@@ -67,6 +67,16 @@ def test_a_chunk_deep_in_a_prompt_costs_more_than_the_first() -> None:
     assert deep > 1.5 * first
 
 
+def test_many_short_prompts_in_a_step_attend_each_to_itself() -> None:
+    """Half of each square, whatever they come to together."""
+    nothing = PLANT.step_seconds(Features(2048, 0, 0, 0))
+    eight = PLANT.step_seconds(Features(2048, 0, 0, 8 * 256 * 256)) - nothing
+    sixteen = PLANT.step_seconds(Features(2048, 0, 0, 16 * 256 * 256)) - nothing
+    launches_s = 32 * 4e-6
+    assert sixteen - launches_s == pytest.approx(2 * (eight - launches_s), rel=0.01)
+    assert eight > launches_s
+
+
 def test_tensor_parallel_divides_the_work_and_pays_for_the_links() -> None:
     one, four = Machine("h100", "llama-3.1-70b"), Machine("h100", "llama-3.1-70b", tp=4)
     step = Features(2048, 32, 64_000, 2048 * 2048)
