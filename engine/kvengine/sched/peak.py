@@ -140,9 +140,9 @@ class PeakDemand:
                 variances[look] += variance
 
     def _members(self, request: Request, shared: int) -> Iterator["_Member"]:
-        """The request, and its forks, which begin when its prompt is computed."""
+        """The request, and its forks or beams, which begin when its prompt is computed."""
         size = self._tables.tokens_in_block(request)
-        for one in (request, *request.forks):
+        for one in (request, *(request.forks or [request] * request.promised)):
             yield _Member(len(one.tokens), size, shared, ends(one, self._lengths), one.output_left)
             shared = len(request.prompt) // size
 

@@ -29,6 +29,7 @@ from kvengine.request import Request, SamplingParams
 from kvengine.sched.admission import Limits
 from kvengine.sched.batch import Batch
 from kvengine.sched.beam import BeamGroup, refusal
+from kvengine.sched.peak import PeakDemand
 from kvengine.sched.scheduler import Knobs, Scheduler
 from kvpilot.clock import VirtualClock
 from kvpilot.inside.lengths import LengthPredictor
@@ -334,6 +335,18 @@ def test_what_the_door_lets_in_always_fits(prompt: int, output: int, width: int,
         if rng.random() < 0.1:
             harness.preempt()
     assert found(group, harness) == expected(group)
+
+
+def test_the_predicted_peak_counts_every_beam() -> None:
+    """At its very highest, what the door asks for: 3 blocks of the prompt and 2 for each of three beams."""
+    harness = Harness()
+    group = harness.arrive([7] * 12, 3, 8)
+    peak = PeakDemand(harness.scheduler.tables, LengthPredictor(60))
+    peak.read([], group.live[0])
+    assert peak.with_candidate(group.live[0], 0, z=1e9) == 9
+    harness.step()
+    peak.read(harness.scheduler.running)
+    assert peak.peak(z=1e9) == 9
 
 
 def test_beams_are_not_drafted_for_and_take_places_under_the_running_cap() -> None:
