@@ -111,7 +111,7 @@ class _Tick:
             self._end(policy.name, rule.name, before, started)
             before = started.state
             assert before is not None, "a rule that runs has a state"
-        if rests(rule, before, readings):
+        if rests(policy, rule, before, readings):
             self._rules[policy.name, rule.name] = before
             return
         given = self._given.get((policy.name, shadow))

@@ -11,7 +11,7 @@ from kvpilot.policy.expr import Expression, Reading
 from kvpilot.policy.grid import Placed, place, stride
 from kvpilot.policy.lease import Target
 from kvpilot.policy.phase import advance, asks_when
-from kvpilot.policy.rules import TOP_TENANT, Action, Rule, Solve
+from kvpilot.policy.rules import TOP_TENANT, Action, Policy, Rule, Solve
 from kvpilot.policy.solve import MODEL_OF, solve
 from kvpilot.policy.state import Claim, Phase, RuleState
 from kvpilot.policy.turn import Step, Turn
@@ -21,9 +21,9 @@ MOST_FORMER = 3
 """Tenants that were the top one and whose claims still walk home: leases have to fit a page."""
 
 
-def rests(rule: Rule, state: RuleState, readings: Mapping[str, Reading]) -> bool:
-    """Whether a turn would leave everything as it is: nothing held, said, awaited or followed, and a
-    condition that does not hold. Most rules, most of the time.
+def rests(policy: Policy, rule: Rule, state: RuleState, readings: Mapping[str, Reading]) -> bool:
+    """Whether a turn would leave everything as it is: nothing held, said or awaited, and a condition that
+    does not hold, or is missing still. Most rules, most of the time.
     """
     if (
         rule.when is None
@@ -31,11 +31,12 @@ def rests(rule: Rule, state: RuleState, readings: Mapping[str, Reading]) -> bool
         or state.claims
         or state.check is not None
         or state.suspended_ns is not None
-        or state.missing_since_ns is not None
         or state.notified is not None
         or state.disappointed is not None
     ):
         return False
+    if state.missing_since_ns is not None:
+        return policy.on_missing != "fallback" and isinstance(rule.when.evaluate(readings), Missing)
     if any(action.tracks or action.scope == TOP_TENANT for action in rule.actions):
         return False
     return rule.when.evaluate(readings) is False
