@@ -25,6 +25,9 @@ from kvpilot.workload.arrival import Arrival, Speed
 from kvpilot.workload.client import CALLER_HEADER, Clients, Patience
 
 ROOT = Path(__file__).resolve().parents[2]
+GPU = "GPU-5f1c9a52-03a6-7f0e-9d7a-2b9f2f5a7c11"
+"""Of the recorded readings."""
+BESIDE = os.pathsep.join(map(str, (ROOT / "dashboards", ROOT / "tests" / "unit" / "pilot")))
 ENGINE, MODEL, CLUSTER = "lab", "kvpilot-tiny", "lab"
 CLASSES = {"batch": 0, "interactive": 1}
 TENANTS = sorted({tenant for mix in generator.CLASSES for tenant, _ in mix.tenants})
@@ -114,6 +117,7 @@ class Lab:
             "policies": "policies",
             "classes": [{"name": name, **TARGETS} for name in CLASSES],
             "arm": {"after": 0, "finished": 0},
+            "gpu": {"devices": [GPU]},
             "api": {"port": self.pilot_port},
             "journal": "journal.db",
             "socket": "pilot.sock",
@@ -143,13 +147,16 @@ class Lab:
         folder = self.folder
         engine = ["kvengine", "serve", "--port", str(self.engine_port), "--name", MODEL]
         engine += ["--memory", MEMORY]
-        pilot = ["kvpilot", "run", "--config", str(folder / "kvpilot.yaml")]
+        pilot = ["kvboards.recorded_gpu", "run", "--config", str(folder / "kvpilot.yaml")]
         return [
             (
                 Process("engine", engine, folder / "engine.log", self.environ),
                 f"http://127.0.0.1:{self.engine_port}/health",
             ),
-            (Process("pilot", pilot, folder / "pilot.log", self.environ), f"{self.pilot_url}/healthz"),
+            (
+                Process("pilot", pilot, folder / "pilot.log", {**self.environ, "PYTHONPATH": BESIDE}),
+                f"{self.pilot_url}/healthz",
+            ),
         ]
 
     def arrivals(self, seconds: float, load: float) -> list[Arrival]:

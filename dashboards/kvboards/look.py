@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="draw what the last run saw; fly nothing")
     given = parser.parse_args()
     folder = bundle()
-    boards = [board for board in BOARDS if board.name != "gpu"]
+    boards = BOARDS
     if not given.again:
         asyncio.run(look(given.seconds, boards, folder))
     IMAGES.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Every query of every committed dashboard, over a real Prometheus that scrapes a live engine and pilot.
 
-Panels that say that they need a GPU may be empty here; nothing else may, and nothing may be NaN.
+The GPU is a recorded one, at NVML's boundary. Nothing may be NaN, and only what the load may or may not bring
+about (a change that was judged, say) may be empty.
 """
 
 import asyncio
