@@ -13,6 +13,7 @@ from kvpilot.inside.valve_leases import PROMPT_BYTES_PER_TOKEN
 
 EXHAUSTED_SOON_S = 30.0
 EXHAUSTED_LATER_S = 300.0
+MOST_LINES = 4
 TARGETS = {"itl_seconds": ("itl", "ITL"), "ttft_seconds": ("ttft", "TTFT")}
 _SILENT = {
     "dead": "The engine is gone",
@@ -108,31 +109,33 @@ def _doing(status: Status) -> Answer:
         return _answer("quiet", "Watching: rules only say what they would do", [awaited, *orders])
     held = list(_held(status))
     if orders:
-        return _answer("caution", f"A person holds {_count(len(orders), 'knob')}", orders + held)
+        return _answer("caution", f"A person holds {_count(len(orders), 'knob')}", _few(orders + held))
     if held:
-        return _answer("caution", f"Holds {_count(len(held), 'knob')} away from baseline", held)
+        return _answer("caution", f"Holds {_count(len(held), 'knob')} away from baseline", _few(held))
     pending = [f"{_rule(rule)} is pending" for rule in status["rules"] if rule["state"] == "pending"]
     return _answer("good", "Nothing: every knob is at baseline", pending[:3])
 
 
 def _held(status: Status) -> Iterator[str]:
-    """Each lease of a rule, with the reason of the decision that made it."""
+    """Each lease that takes a knob away from its baseline, and why: whoever asks reads the feed for more."""
+    summaries = {policy["name"]: policy["summary"] for policy in status["policies"]["all"]}
     for lease in status["leases"]:
-        if lease["knob"] == PROMPT_BYTES_PER_TOKEN or lease["policy"] == "override":
-            continue
         baseline = status["knobs"].get(lease["knob"], {}).get("baseline")
-        home = "" if baseline is None else f" (baseline {number(baseline)})"
+        own = lease["policy"] == "override" or lease["knob"] == PROMPT_BYTES_PER_TOKEN
+        if own or lease["value"] == baseline:
+            continue
+        home = "" if baseline is None else f"{number(baseline)} \u2192 "
         unconfirmed = "" if lease["confirmed"] else ", not confirmed yet"
-        said = f"{lease['knob']}{_scope(lease)} {number(lease['value'])}{home}{unconfirmed}"
-        yield f"{said}, by {_rule(lease)}{_why(lease, status['decisions'])}"
+        why = summaries.get(lease["policy"]) or _reason(lease, status["decisions"])
+        change = f"{lease['knob']}{_scope(lease)} {home}{number(lease['value'])}{unconfirmed}"
+        yield f"{change}: {why} ({_rule(lease)})"
 
 
-def _why(lease: Mapping[str, Any], decisions: list[Mapping[str, Any]]) -> str:
-    """The reason of the newest decision behind it, where that is still shown."""
+def _reason(lease: Mapping[str, Any], decisions: list[Mapping[str, Any]]) -> str:
+    """Of the newest decision behind it, where that is still shown."""
     holder = (lease["policy"], lease["rule"], lease["knob"])
     reasons = (row["reason"] for row in decisions if (row["policy"], row["rule"], row["knob"]) == holder)
-    found = next(reasons, None)
-    return "" if found is None else f": {found}"
+    return next(reasons, "held since before what is shown")
 
 
 def _next(status: Status) -> Answer:
@@ -148,11 +151,11 @@ def _next(status: Status) -> Answer:
     if p50 == float("inf"):
         early = value_of(status["signals"].get("forecast.kv_exhaustion_p10_seconds"))
         if early is not None and early < EXHAUSTED_LATER_S:
-            title = f"KV memory may run out in {seconds(early)}"
-            return _answer("caution", title, ["one time in ten that soon; likely it lasts", *lines])
+            title = f"KV memory may run out {_within(early)}"
+            return _answer("caution", title, ["one time in ten that soon; likelier it lasts", *lines])
         return _answer("good", "KV memory lasts", ["it does not run out in sight", *lines])
     level = "bad" if p50 < EXHAUSTED_SOON_S else "caution" if p50 < EXHAUSTED_LATER_S else "good"
-    return _answer(level, f"KV memory runs out in {seconds(p50)}", [interval, *lines])
+    return _answer(level, f"KV memory runs out {_within(p50)}", [interval, *lines])
 
 
 def _interval(status: Status) -> str:
@@ -160,8 +163,20 @@ def _interval(status: Status) -> str:
     late = value_of(status["signals"].get("forecast.kv_exhaustion_p90_seconds"))
     if early is None or late is None:
         return ""
-    end = "or not in sight" if late == float("inf") else f"to {seconds(late)}"
-    return f"eight times in ten within {seconds(early)} {end}"
+    if late == float("inf"):
+        return f"one time in ten {_within(early)}; it may also last"
+    return f"eight times in ten between {seconds(early)} and {seconds(late)}"
+
+
+def _within(time_s: float) -> str:
+    """A forecast is no stopwatch."""
+    return "within a second" if time_s < 1 else f"in {seconds(time_s)}"
+
+
+def _few(texts: list[str]) -> list[str]:
+    """The first of them, and how many more there are."""
+    more = len(texts) - MOST_LINES
+    return texts if more <= 1 else [*texts[:MOST_LINES], f"and {more} more"]
 
 
 def _coming(status: Status) -> Iterator[str]:
@@ -169,8 +184,9 @@ def _coming(status: Status) -> Iterator[str]:
     wait = value_of(signals.get("forecast.queue_wait_seconds"))
     miss = value_of(signals.get("forecast.ttft_miss_ratio"))
     if wait is not None and wait != float("inf"):
-        missed = "" if miss is None else f", and misses its TTFT with {miss:.0%}"
-        yield f"a request that comes now waits {seconds(wait)}{missed}"
+        missed = "" if miss is None else f", and misses its TTFT {miss:.0%} of the time"
+        waits = "does not wait" if wait < 0.001 else f"waits {seconds(wait)}"
+        yield f"a request that comes now {waits}{missed}"
     elif wait is not None:
         yield "a request that comes now is not served in sight"
     for order in status["overrides"]:

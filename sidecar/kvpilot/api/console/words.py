@@ -26,7 +26,9 @@ def seconds(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Such as `2,048`, `0.95`, `12.4`."""
+    """Such as `2,048`, `0.95`, `12.4`, `1,074M`."""
+    if abs(value) >= 1e7:
+        return f"{value / 1e6:,.0f}M"
     return f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
 
 
