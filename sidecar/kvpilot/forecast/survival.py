@@ -65,9 +65,7 @@ def _alive(seconds: float, life_s: float) -> tuple[float, float]:
     return (1 - gone) / lives, life_s * (1 - lives * gone / (1 - gone)) if life_s > 0 else 0.0
 
 
-_DEMAND_FIELDS = [
-    (horizon, tuple(f"demand_{horizon}_{q}_blocks" for q in QUANTILES)) for horizon in HORIZONS
-]
+_DEMAND_FIELDS = [(horizon, tuple(f"demand_{horizon}_{q}_blocks" for q in QUANTILES)) for horizon in HORIZONS]
 
 
 def demand_ahead(record: StepRecord) -> list[tuple[float, Estimate]] | None:
