@@ -44,7 +44,7 @@ def _agents(rng: random.Random) -> Asked:
 
 
 WORKLOADS: dict[str, Draw] = {
-    "short_chat": _plain(Lengths(165, 0.7, 16, 1_000), Lengths(85, 0.7, 4, 600)),
+    "short_chat": _plain(Lengths(161, 0.7, 16, 1_000), Lengths(84, 0.7, 4, 600)),
     "conversation": _plain(Lengths(1_000, 0.8, 16, 4_000), Lengths(220, 0.8, 4, 1_000)),
     "reasoning": _plain(Lengths(200, 0.6, 16, 1_000), Lengths(1_200, 0.7, 16, 6_000)),
     "agents": _agents,

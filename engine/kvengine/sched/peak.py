@@ -32,6 +32,9 @@ OUTCOMES = 8
 """Ends of one request that are told apart."""
 _MIDPOINTS = tuple((i + 0.5) / OUTCOMES for i in range(OUTCOMES))
 
+UNCAPPED = 1 << 40
+"""Blocks: more than any sequence has."""
+
 LOOKS = 16
 """Moments ahead at which demand is read."""
 
@@ -59,12 +62,13 @@ def moments(all_ends: Sequence[int]) -> list[int]:
 
 
 def growth(
-    held: int, size: int, shared: int, outcomes: Sequence[int], looks: Sequence[int]
+    held: int, size: int, shared: int, outcomes: Sequence[int], looks: Sequence[int], cap: int = UNCAPPED
 ) -> list[tuple[float, float]]:
     """Mean and variance of the blocks of its own that a sequence holds at each look, up to its last end.
 
-    It has `held` tokens, the newest not computed; `size` tokens fit in a block, and `shared` of its blocks
-    count elsewhere. To emit r tokens takes r steps, the last of which covers held + r - 1 positions.
+    It has `held` tokens, the newest not computed; `size` tokens fit in a block, `shared` of its blocks count
+    elsewhere, and by eviction it has `cap` of them at most. To emit r tokens takes r steps, the last of which
+    covers held + r - 1 positions.
     """
     curve, ended, count = [], 0, len(outcomes)
     before = held - 1 + size - 1
@@ -73,7 +77,7 @@ def growth(
             ended += 1
         if ended == count:
             break
-        blocks = (before + look) // size - shared
+        blocks = min((before + look) // size, cap) - shared
         alive = (count - ended) / count
         mean = alive * blocks
         curve.append((mean, mean * blocks - mean * mean))
@@ -133,18 +137,22 @@ class PeakDemand:
 
     def _add(self, members: Iterable["_Member"]) -> None:
         means, variances, looks = self._means, self._variances, self._looks
-        for held, size, shared, outcomes, left in members:
-            self._most += blocks_for(held + left - 1, size) - shared
-            for look, (mean, variance) in enumerate(growth(held, size, shared, outcomes, looks)):
+        for held, size, shared, outcomes, left, cap in members:
+            self._most += min(blocks_for(held + left - 1, size), cap) - shared
+            for look, (mean, variance) in enumerate(growth(held, size, shared, outcomes, looks, cap)):
                 means[look] += mean
                 variances[look] += variance
 
     def _members(self, request: Request, shared: int) -> Iterator["_Member"]:
         """The request, and its forks or beams, which begin when its prompt is computed."""
-        size = self._tables.tokens_in_block(request)
-        for one in (request, *(request.forks or [request] * request.promised)):
-            yield _Member(len(one.tokens), size, shared, ends(one, self._lengths), one.output_left)
-            shared = len(request.prompt) // size
+        size, outcomes = self._tables.tokens_in_block(request), ends(request, self._lengths)
+        held, left, cap = len(request.tokens) - request.evicted, request.output_left, UNCAPPED
+        if request.eviction is not None and request.eviction.kept is not None:
+            # What it keeps and the block that it writes, or all of it for as long as that is more.
+            cap = max(blocks_for(request.eviction.kept, size) + 1, blocks_for(held, size))
+        yield _Member(held, size, shared, outcomes, left, cap)
+        for _ in range(request.promised):
+            yield _Member(held, size, len(request.prompt) // size, outcomes, left, cap)
 
 
 class _Member(NamedTuple):
@@ -155,6 +163,7 @@ class _Member(NamedTuple):
     shared: int
     ends: list[int]
     left: int
+    cap: int
 
 
 def _shared(blocks: Sequence[int], references: Sequence[int]) -> int:
