@@ -20,13 +20,13 @@ from kvpilot.workload.prompt import token_ids
 from kvpilot.workload.trace import TraceError, arrivals, oversized, spliced
 
 NOISE = 0.05
-SIMULATED = ("score_memory",)
-"""Kinds of faults that a scene can hold; the others are named in `Asked.left_out`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """`oversized`: requests that this engine refuses, longer than the model or the pool."""
+    """`oversized`: requests that this engine refuses, longer than the model or the pool. `left_out`: what of
+    a scenario is not simulated.
+    """
 
     name: str
     scene: Scene
@@ -93,6 +93,7 @@ def of_scenario(scenario: Scenario, machine: Machine, policies: Path, settings: 
         made,
         scenario.acceptance or settings.acceptance.process,
         token_ids if shared else plain_prompt,
+        scenario.faults,
         settings.budget.drain_s,
     )
     flown = leg(settings.pilot, "pilot", policies)
@@ -100,8 +101,5 @@ def of_scenario(scenario: Scenario, machine: Machine, policies: Path, settings: 
         leg(settings.defaults, "defaults"),
         replace(flown, settings={**flown.settings, **scenario.engine}),
     )
-    left_out: list[str] = [fault.kind for fault in scenario.faults if fault.kind not in SIMULATED]
-    left_out += [f"{scenario.ranks} ranks"] if scenario.ranks > 1 else []
-    return Asked(
-        scenario.name, scene, legs, offered, scenario.workload.seconds, tuple(dict.fromkeys(left_out))
-    )
+    left_out = (f"{scenario.ranks} ranks",) if scenario.ranks > 1 else ()
+    return Asked(scenario.name, scene, legs, offered, scenario.workload.seconds, left_out)

@@ -4,7 +4,7 @@ What it writes are bytes that engine and valve read; nothing else passes between
 the run: in virtual time a defect is to be seen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvpilot.adapters.actuator import Actuator, Target
@@ -20,6 +20,7 @@ from kvpilot.pilot import Pilot
 from kvpilot.policy.context import Slo
 from kvpilot.policy.rules import PolicySet
 from kvpilot.publish.board import Board
+from kvpilot.simulate.faults import Fault, HarmedEngine, HarmedPages, Now
 from kvpilot.simulate.pages import IDENTITY, MemoryPages
 
 AT_ONCE = Arm(after=0.0, finished=0)
@@ -45,6 +46,8 @@ class Cockpit:
         slo: Slo,
         classes: tuple[str, ...],
         arm: Arm = AT_ONCE,
+        faults: Sequence[Fault] = (),
+        now_s: Now = lambda: 0.0,
     ) -> None:
         self.engine_controls = bytearray(CONTROLS_BYTES)
         self.valve_controls = bytearray(CONTROLS_BYTES)
@@ -56,7 +59,9 @@ class Cockpit:
         )
         self.pilot = Pilot(
             clock=clock,
-            engine=EngineAdapter(pages, "memory"),
+            engine=HarmedEngine(HarmedPages(pages, faults, now_s), "memory", faults, now_s)
+            if faults
+            else EngineAdapter(pages, "memory"),
             actuator=Actuator(controls, renewal=1),
             orders=Orders(clock, self.flown.journal.append),
             ledger=Ledger(self.flown.journal.append),

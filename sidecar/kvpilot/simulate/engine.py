@@ -6,8 +6,8 @@ plant says, `wire` hands messages over as values, pages are bytes in memory. `kv
 builds one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from kvpilot.clock import NS, VirtualClock
@@ -16,6 +16,7 @@ from kvpilot.inside.lengths import LengthPredictor
 from kvpilot.link.telemetry import TelemetryWriter, plan_page
 from kvpilot.simulate.conservation import Conservation
 from kvpilot.simulate.deployment import Deployment
+from kvpilot.simulate.faults import Fault, Now, usable_share
 from kvpilot.simulate.pages import IDENTITY, MemoryPage
 from kvpilot.simulate.plants.acceptance import Acceptance, accepted
 from kvpilot.simulate.plants.plant import Plant
@@ -40,18 +41,33 @@ class Headroom:
     every step fits.
     """
 
-    def __init__(self, plant: Plant, headroom_bytes: int, used_bytes: int) -> None:
+    def __init__(
+        self,
+        plant: Plant,
+        headroom_bytes: int,
+        used_bytes: int,
+        faults: Sequence[Fault] = (),
+        now_s: Now = lambda: 0.0,
+    ) -> None:
         from kvengine.memory import MemoryReading
 
         self._plant = plant
+        self._faults = faults
+        self._now_s = now_s
         self._headroom_bytes = headroom_bytes
         self._reading = MemoryReading(free=headroom_bytes, reserved=used_bytes, allocated=used_bytes)
 
     def reading(self) -> "MemoryReading":
-        return self._reading
+        if not self._faults:
+            return self._reading
+        left = usable_share(self._faults, self._now_s(), ("neighbour_memory",))
+        return replace(self._reading, free=round(left * self._reading.free))
 
     def lacking_bytes(self, batch: "Batch") -> int:
-        return (self._plant.activation_bytes(batch) or 0) - self._headroom_bytes
+        usable = self._headroom_bytes
+        if self._faults:
+            usable = int(usable * usable_share(self._faults, self._now_s()))
+        return (self._plant.activation_bytes(batch) or 0) - usable
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +91,7 @@ def build_engine(
     acceptance: Acceptance,
     domain: Domain,
     piloted: bool = True,
+    faults: Sequence[Fault] = (),
 ) -> VirtualEngine:
     """Put it together. Without a pilot nobody reads telemetry, and none is written."""
     from kvengine.core import Core
@@ -95,6 +112,9 @@ def build_engine(
     lengths = LengthPredictor(limits.tokens)
     started_ns = clock.monotonic_ns()
 
+    def now_s() -> float:
+        return (clock.monotonic_ns() - started_ns) / NS
+
     def accepts(request: "Request", drafts: int) -> int:
         at_s = (clock.monotonic_ns() - started_ns) / NS
         position = len(request.tokens) - len(request.prompt)
@@ -104,7 +124,7 @@ def build_engine(
         conservation.of_batch(batch)
         return plant.step_seconds(batch)
 
-    executor: Any = VirtualExecutor(step_seconds, spend, accepts, _memory(deployment, plant))
+    executor: Any = VirtualExecutor(step_seconds, spend, accepts, _memory(deployment, plant, faults, now_s))
     core = Core(scheduler, executor, limits, frozenset(), lengths, clock)
     conservation = Conservation(core, deployment)
     hook, page = _hook(deployment, core, executor, lengths, controls, piloted)
@@ -112,11 +132,11 @@ def build_engine(
     return VirtualEngine(loop, core, executor, page, conservation)
 
 
-def _memory(deployment: Deployment, plant: Plant) -> "StepMemory | None":
+def _memory(deployment: Deployment, plant: Plant, faults: Sequence[Fault], now_s: Now) -> "StepMemory | None":
     if deployment.headroom_bytes is None:
         return None
     used_bytes = deployment.memory_bytes - deployment.headroom_bytes
-    return cast("StepMemory", Headroom(plant, deployment.headroom_bytes, used_bytes))
+    return cast("StepMemory", Headroom(plant, deployment.headroom_bytes, used_bytes, faults, now_s))
 
 
 def _hook(

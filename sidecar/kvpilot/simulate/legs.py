@@ -15,6 +15,7 @@ from kvpilot.policy_directory import PolicyDirectory
 from kvpilot.score import Score, score
 from kvpilot.simulate.cockpit import Flown
 from kvpilot.simulate.deployment import USUAL_PROMISES, Deployment, Promises
+from kvpilot.simulate.faults import Fault
 from kvpilot.simulate.plants.acceptance import Acceptance, Fixed
 from kvpilot.simulate.plants.named import Machine
 from kvpilot.simulate.plants.plant import Plant
@@ -35,6 +36,7 @@ class Scene:
     promises: Promises = USUAL_PROMISES
     acceptance: Acceptance = field(default_factory=lambda: Fixed(0.7))
     prompt: Callable[[Arrival], list[int]] = plain_prompt
+    faults: tuple[Fault, ...] = ()
     drain_s: float = DRAIN_S
 
 
@@ -79,7 +81,10 @@ def fly_leg(scene: Scene, leg: Leg, arrivals: Sequence[Arrival], window_s: float
     """Fly one leg and score the arrivals of `window_s`. Raises PolicyErrors for policies that cannot fly."""
     deployment = replace(scene.deployment, **leg.settings)
     policies = None if leg.policies is None else load_policies(leg.policies, deployment.classes)
-    replica = Replica(deployment, scene.plant(), scene.promises, policies, scene.acceptance, scene.prompt)
+    replica = Replica(
+        *(deployment, scene.plant(), scene.promises, policies, scene.acceptance, scene.prompt),
+        faults=scene.faults,
+    )
     outcomes = replica.fly(arrivals, scene.drain_s)
     judged = score(
         outcomes, scene.promises.slos, scene.promises.r, (0.0, window_s), replica.totals, replica.actions

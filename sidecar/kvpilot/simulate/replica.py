@@ -8,7 +8,7 @@ step is computed time passes for everybody: clients come, leave and return, the 
 they want of the engine waits for its next step boundary, as it would in the engine's channel.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from kvpilot.simulate.clients import Clients, Prompt
 from kvpilot.simulate.cockpit import Cockpit
 from kvpilot.simulate.deployment import Deployment, Promises
 from kvpilot.simulate.engine import build_engine
+from kvpilot.simulate.faults import Fault
 from kvpilot.simulate.pages import MemoryPages
 from kvpilot.simulate.plants.acceptance import Acceptance, Fixed
 from kvpilot.simulate.plants.plant import Plant
@@ -54,13 +55,20 @@ class Replica:
         policies: PolicySet | None = None,
         acceptance: Acceptance | None = None,
         prompt: Prompt = plain_prompt,
+        faults: Sequence[Fault] = (),
     ) -> None:
         self.deployment = deployment
         self.clock = VirtualClock(START_NS)
         self.agenda = Agenda(self.clock)
         pages, slo = MemoryPages(), promises.for_policies(deployment.classes)
         self.cockpit = (
-            None if policies is None else Cockpit(self.clock, pages, policies, slo, deployment.classes)
+            None
+            if policies is None
+            else Cockpit(
+                *(self.clock, pages, policies, slo, deployment.classes),
+                faults=faults,
+                now_s=lambda: self.now_s,
+            )
         )
         cockpit = self.cockpit
         self.valve = VirtualValve(
@@ -86,6 +94,7 @@ class Replica:
             acceptance or Fixed(0.7),
             self._domain,
             piloted=cockpit is not None,
+            faults=faults,
         )
         self._offered = 0
         if cockpit is not None:

@@ -10,16 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kvpilot.simulate.faults import Fault
 from kvpilot.simulate.plants.acceptance import Acceptance, ByDomain, Deepening
 from kvpilot.workload.spec import Part, Spell, Workload
 
-FaultKind = Literal["signal_missing", "signal_frozen", "neighbour_memory", "fragmentation", "score_memory"]
-"""signal_missing    the named record fields are not told
-signal_frozen     they are told, at the value that they had when it began
-neighbour_memory  `value` is the share of the step's headroom that somebody else takes
-fragmentation     `value` is the share of free memory that no allocation can use
-score_memory      `value` bytes for each (prompt token, position) pair while a chunk is computed
-"""
 Against = Literal["nothing", "defaults", "best_static", "unharmed"]
 """What a bound is a ratio to: itself, other legs of the scenario, or the pilot's leg without the faults."""
 Balancer = Literal["round_robin", "least_kv", "by_tenant"]
@@ -31,17 +25,6 @@ METRICS = (
 95 % of the goodput before it. worst_tenant, worst_rank: goodput of the tenant or rank that fares worst, the
 one that caused it left out. worst_actions_during_fault: protective actions taken on a signal that was lost.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Something that goes wrong from `at_s` on, for `for_s` seconds of the run."""
-
-    kind: FaultKind
-    at_s: float
-    for_s: float
-    value: float = 0.0
-    signals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +150,7 @@ _ALL = (
             Bound("recovery_s", at_most=60),
             _NO_OOM,
         ),
-        faults=(
-            Fault("signal_frozen", 50, 60, signals=("kv_blocks_free", "waiting", "waiting_prompt_tokens")),
-        ),
+        faults=(Fault("telemetry_frozen", 50, 60),),
     ),
     Scenario(
         "tenant-hog",

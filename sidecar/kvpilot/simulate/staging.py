@@ -60,8 +60,8 @@ def stage(settings: Settings, entry: Entry, seed: int, traces: Path | None = Non
         partial(machine.plant, settings.machine.noise, seed),
         promises(settings, of, entry),
         (entry.acceptance or settings.acceptance).process,
-        token_ids if shared else plain_prompt,
-        settings.budget.drain_s,
+        prompt=token_ids if shared else plain_prompt,
+        drain_s=settings.budget.drain_s,
     )
     return Stage(entry, scene, arrivals)
 

@@ -75,7 +75,9 @@ def test_a_scenario_is_made_for_the_machine() -> None:
     slower = of_scenario(SCENARIOS["kv-oversubscription"], Machine("a100"), POLICIES, settings, 1)
     assert len(slower.arrivals) < len(asked.arrivals)
     lost = of_scenario(SCENARIOS["lost-metric"], machine, POLICIES, settings, 1)
-    assert lost.left_out == ("signal_missing",)
+    assert lost.scene.faults == SCENARIOS["lost-metric"].faults
+    ranks = of_scenario(SCENARIOS["rank-imbalance"], machine, POLICIES, settings, 1)
+    assert ranks.left_out == ("4 ranks",)
 
 
 @pytest.mark.parametrize(
