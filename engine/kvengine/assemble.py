@@ -47,6 +47,7 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
     """Load, plan, connect. Raises EngineError with one line."""
     torch.set_num_threads(config.threads)
     target = ModelConfig.load(config.model)
+    _check_window(config, target)
     draft = _draft_config(config, target)
     max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
     footprint = Footprint(
@@ -77,8 +78,15 @@ def assemble(config: EngineConfig, channel: Channel, clock: Clock) -> Engine:
         heavy_hitters=config.heavy_hitters,
     )
     scheduler, limits, lengths = _scheduler(config, memory_plan, max_model_len)
+    scheduler.sliding_window = target.sliding_window
     core = Core(
-        scheduler, executor, limits, Tokenizer.load(config.model).eos_ids, lengths, clock, _offer(config)
+        scheduler,
+        executor,
+        limits,
+        Tokenizer.load(config.model).eos_ids,
+        lengths,
+        clock,
+        _offer(config, target),
     )
     manifest = build_manifest(
         config,
@@ -119,9 +127,25 @@ def _scheduler(
     return scheduler, limits, lengths
 
 
-def _offer(config: EngineConfig) -> Offer:
+def _offer(config: EngineConfig, target: ModelConfig) -> Offer:
     own = config.precisions.own
-    return Offer(config.block_size, config.heavy_hitters, own.name, not own.scaled)
+    return Offer(config.block_size, config.heavy_hitters, own.name, not own.scaled, target.sliding_window)
+
+
+def _check_window(config: EngineConfig, target: ModelConfig) -> None:
+    window = target.sliding_window
+    if window is None:
+        return
+    if window < config.block_size:
+        raise StartError(
+            f"{config.model}: sliding_window is {window} tokens and a block holds {config.block_size}; "
+            f"use --block-size {1 << (window.bit_length() - 1)} or less"
+        )
+    if config.draft is not None and config.speculative_tokens:
+        raise StartError(
+            f"{config.model}: sliding_window={window}, and a draft model needs the KV that it gives up; "
+            "use --draft ngram or --draft none"
+        )
 
 
 def _device(name: str) -> torch.device:

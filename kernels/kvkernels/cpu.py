@@ -84,8 +84,12 @@ class DecodeGroup:
         self._query = rows.view(size, kv_heads, group, dim)
         self._out = out[first : first + size].view(size, kv_heads, group, dim)
         self._mask: Tensor | None = None
-        if min(contexts) < longest:
-            hidden = scratch.columns[:longest] >= torch.tensor(contexts, device=device).unsqueeze(1)
+        window = geometry.window
+        if min(contexts) < longest or (window is not None and longest > window):
+            columns, ends = scratch.columns[:longest], torch.tensor(contexts, device=device).unsqueeze(1)
+            hidden = columns >= ends
+            if window is not None:
+                hidden |= columns < ends - window
             mask = torch.zeros(size, longest, device=device).masked_fill_(hidden, float("-inf"))
             self._mask = mask.view(size, 1, 1, longest)
 

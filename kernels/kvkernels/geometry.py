@@ -29,6 +29,8 @@ class Geometry:
     kv_heads: int
     head_dim: int
     block_size: int
+    window: int | None = None
+    """A token sees itself and those before it, this many together; None: all of them."""
 
     @property
     def group(self) -> int:
@@ -85,6 +87,11 @@ def scratch_floats(geometry: Geometry, max_context: int) -> int:
 
 CODE_BYTES = 3
 """Beside each gathered float: its code, and what it is on the way to a float."""
+
+
+def band_floats(window: int | None) -> int:
+    """The mask of one tile under a sliding window; see `scratch.Scratch`."""
+    return 0 if window is None else TILE_ROWS * (TILE_ROWS + window - 1)
 
 
 def mask_floats(max_context: int) -> int:

@@ -38,6 +38,7 @@ def _kernel(
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
     INT4: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -57,9 +58,14 @@ def _kernel(
     mixed = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
     token_stride = 2 * KV_HEADS * DIM
     # A tile never straddles blocks unless blocks are smaller than it; each position finds its own block.
-    for first in range(0, context, TILE):
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(context - WINDOW, 0) // TILE * TILE
+    for first in range(begin, context, TILE):
         positions = first + within
         seen = positions < context
+        if WINDOW:
+            seen = seen & (positions >= context - WINDOW)
         block = tl.load(tables + sequence * table_stride + positions // BLOCK_SIZE, mask=seen, other=0)
         rows = (block.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE) * token_stride + kv_head * DIM
         mask = seen[:, None] & (dims[None, :] < DIM)
@@ -121,6 +127,7 @@ class PagedDecode:
             TILE=TILE_POSITIONS,
             SCALED=self._precision.scaled,
             INT4=self._precision is INT4,
+            WINDOW=geometry.window or 0,
         )
 
 

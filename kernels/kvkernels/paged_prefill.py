@@ -41,6 +41,7 @@ def _kernel(
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
     INT4: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     tile, head = tl.program_id(0), tl.program_id(1)
     kv_head = head // GROUP
@@ -64,7 +65,10 @@ def _kernel(
     mixed = tl.zeros([QUERIES, DIM_PADDED], tl.float32)
     token_stride = 2 * KV_HEADS * DIM
     context = start + count
-    for first in range(0, context, TILE):
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(start - WINDOW + 1, 0) // TILE * TILE
+    for first in range(begin, context, TILE):
         positions = first + within
         inside = positions < context
         block = tl.load(tables + sequence * table_stride + positions // BLOCK_SIZE, mask=inside, other=0)
@@ -73,12 +77,17 @@ def _kernel(
         k = load_values(pool, rows[:, None], dims[None, :], mask, DIM, INT4)
         v = load_values(pool, rows[:, None] + KV_HEADS * DIM, dims[None, :], mask, DIM, INT4)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        # Position 0 is seen by every line, so no line's first tile is all hidden.
         seen = inside[None, :] & (positions[None, :] <= start + lines[:, None])
+        if WINDOW:
+            seen = seen & (positions[None, :] > start + lines[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))
-        shrink = tl.exp(best - new_best)
-        weights = tl.exp(scores - new_best[:, None])
+        # Position 0 is seen by every line, so without a window no line's first tile is all hidden.
+        finite = new_best
+        if WINDOW:
+            finite = tl.where(new_best > float("-inf"), new_best, 0.0)
+        shrink = tl.exp(best - finite)
+        weights = tl.exp(scores - finite[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
         mixed = mixed * shrink[:, None] + tl.dot(weights, v, input_precision="ieee")
         best = new_best
@@ -132,4 +141,5 @@ class PagedPrefill:
             TILE=TILE_POSITIONS,
             SCALED=self._precision.scaled,
             INT4=self._precision is INT4,
+            WINDOW=geometry.window or 0,
         )

@@ -28,8 +28,10 @@ def gather(pool: Tensor, span: Span) -> tuple[Tensor, Tensor]:
     return kv[:, 0], kv[:, 1]
 
 
-def attend(query: Tensor, pool: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Causal attention of each span's rows of `query` [rows, heads, head_dim] over its own sequence."""
+def attend(query: Tensor, pool: Tensor, spans: Sequence[Span], window: int | None = None) -> Tensor:
+    """Causal attention of each span's rows of `query` [rows, heads, head_dim] over its own sequence, or over
+    the latest `window` tokens of it.
+    """
     out = torch.zeros_like(query)
     group = query.shape[1] // pool.shape[3]
     for span in spans:
@@ -38,8 +40,9 @@ def attend(query: Tensor, pool: Tensor, spans: Sequence[Span]) -> Tensor:
             seen = span.start + row + 1
             for head in range(query.shape[1]):
                 q = query[span.first_row + row, head]
-                weights = torch.softmax(k[:seen, head // group] @ q / q.shape[0] ** 0.5, dim=0)
-                out[span.first_row + row, head] = weights @ v[:seen, head // group]
+                first = 0 if window is None else max(0, seen - window)
+                weights = torch.softmax(k[first:seen, head // group] @ q / q.shape[0] ** 0.5, dim=0)
+                out[span.first_row + row, head] = weights @ v[first:seen, head // group]
     return out
 
 

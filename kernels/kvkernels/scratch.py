@@ -27,17 +27,35 @@ class Scratch:
         self._mask = torch.zeros(TILE_ROWS, max_context + TILE_ROWS, device=device)
         self._mask.masked_fill_(columns > rows, float("-inf"))
         self.columns = torch.arange(max_context, device=device)
+        self._bands: dict[int, Tensor] = {}
 
     @classmethod
     def for_geometries(cls, geometries: list[Geometry], max_context: int, device: torch.device) -> "Scratch":
         """Large enough for each of several models that run one after the other."""
         floats = max(scratch_floats(geometry, max_context) for geometry in geometries)
-        return cls(floats, max_context, device)
+        made = cls(floats, max_context, device)
+        for window in {geometry.window for geometry in geometries} - {None}:
+            made._bands[window] = _band(window, device)
+        return made
 
     def causal(self, start: int, rows: int) -> Tensor:
         """Additive mask [1, 1, rows, start + rows] for queries at `start` and on. At most TILE_ROWS rows."""
         first = self.max_context - start
         return self._mask[:rows, first : first + start + rows].view(1, 1, rows, start + rows)
+
+    def banded(self, window: int, start: int, rows: int) -> Tensor:
+        """The same under a sliding window: its columns are the positions that any of the rows sees."""
+        hidden = max(0, window - 1 - start)
+        return self._bands[window][:rows, hidden : window - 1 + rows].unsqueeze(0).unsqueeze(0)
+
+
+def _band(window: int, device: torch.device) -> Tensor:
+    """Row i sees `window` columns, from column i on."""
+    ahead = torch.arange(TILE_ROWS + window - 1, device=device) - torch.arange(
+        TILE_ROWS, device=device
+    ).unsqueeze(1)
+    mask = torch.zeros(ahead.shape, device=device)
+    return mask.masked_fill_((ahead < 0) | (ahead >= window), float("-inf"))
 
 
 def indices(values: list[int], device: torch.device) -> Tensor:

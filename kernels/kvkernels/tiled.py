@@ -5,6 +5,8 @@ last position. So the mask is small and the upper triangle is mostly not compute
 device.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -39,12 +41,15 @@ class TiledSpan:
         for at in range(0, span.count, TILE_ROWS):
             rows = min(TILE_ROWS, span.count - at)
             first, seen = span.first_row + at, span.start + at + rows
+            window, oldest, mask = geometry.window, 0, scratch.causal
+            if window is not None:
+                oldest, mask = max(0, seen - rows - window + 1), partial(scratch.banded, window)
             self._tiles.append(
                 (
                     _by_kv_head(query[first : first + rows], kv_heads),
-                    keys[:, :, :seen],
-                    values[:, :, :seen],
-                    scratch.causal(seen - rows, rows),
+                    keys[:, :, oldest:seen],
+                    values[:, :, oldest:seen],
+                    mask(seen - rows, rows),
                     _by_kv_head(out[first : first + rows], kv_heads),
                 )
             )

@@ -1,5 +1,5 @@
-"""The KV pool's memory: one tensor, a part of it each layer's, in a view for each precision. Which block holds
-what is `kv.pool`'s business; which precision a sequence has is the scheduler's.
+"""The KV pool's memory: one tensor, a part of it each layer's, in a view for each precision. Which block
+holds what is `kv.pool`'s business; which precision a sequence has is the scheduler's.
 
 Zeroed at the start, and again when a block changes its precision: attention multiplies hidden positions by
 zero, and zero times what other bits mean as a float is not always zero.

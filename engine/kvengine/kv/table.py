@@ -145,11 +145,12 @@ class BlockTables:
         """Whether one request holds it, and nobody else: no other one, no pin."""
         return self.pool.references[block] == 1
 
-    def evict(self, request: Request, numbers: Sequence[int]) -> None:
+    def evict(self, request: Request, numbers: Sequence[int], asked: bool = True) -> None:
         """Give up the blocks of these entries of the table, ascending, full and `alone`; others move up.
 
         The first of them leaves the prefix tree with all below it, and nothing of this request enters the
-        tree any more: what it computes from here on does not follow from its whole text.
+        tree any more: what it computes from here on does not follow from its whole text. `asked`: whether it
+        costs anything, and so is counted; what a model never looks at again does not.
         """
         first, blocks = numbers[0], request.blocks
         if self.tree is not None and first < request.registered:
@@ -163,7 +164,7 @@ class BlockTables:
         request.anchor = None
         tokens = len(numbers) * self.tokens_in_block(request)
         request.evicted += tokens
-        self.evicted_tokens_total += tokens
+        self.evicted_tokens_total += tokens if asked else 0
 
     def join(self, request: Request, other: Request, count: int) -> None:
         """Begin `other`'s empty table with the first `count` blocks of `request`, all full, or more that are

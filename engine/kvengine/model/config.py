@@ -44,6 +44,8 @@ class ModelConfig:
     norm_eps: float
     max_positions: int
     tied_embeddings: bool
+    sliding_window: int | None = None
+    """Each token attends to itself and the tokens before it, this many together; None: to all."""
 
     @property
     def query_width(self) -> int:
@@ -107,9 +109,9 @@ class ModelConfig:
 
 def _from_hugging_face(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     architectures = str(raw.get("architectures") or "unnamed")
-    if raw.get("model_type") != "llama" and "LlamaForCausalLM" not in architectures:
+    if raw.get("model_type") not in ("llama", "mistral") and "LlamaForCausalLM" not in architectures:
         kind = raw.get("model_type") or architectures.strip("[']")
-        raise StartError(f"{path}: a {kind} model; this engine runs LlamaForCausalLM")
+        raise StartError(f"{path}: a {kind} model; this engine runs LlamaForCausalLM and MistralForCausalLM")
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise StartError(f"{path}: {key} is not supported; use a Llama without biases")
@@ -129,6 +131,7 @@ def _from_hugging_face(raw: Mapping[str, Any], path: Path) -> ModelConfig:
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             max_positions=int(raw.get("max_position_embeddings", 2048)),
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            sliding_window=_sliding_window(raw, path),
         )
     except KeyError as error:
         raise StartError(f"{path}: {error.args[0]} is missing") from error
@@ -156,6 +159,16 @@ def _check_shape(config: ModelConfig, path: Path) -> None:
             f"{path}: {config.heads} heads of {config.head_dim} with {config.kv_heads} KV heads: "
             "KV heads must divide heads and a head must be even"
         )
+
+
+def _sliding_window(raw: Mapping[str, Any], path: Path) -> int | None:
+    """A Mistral's file may leave it out and mean 4,096; null is none."""
+    given = raw.get("sliding_window", 4096 if raw.get("model_type") == "mistral" else None)
+    if given is None or raw.get("use_sliding_window") is False:
+        return None
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise StartError(f"{path}: sliding_window={given!r}: must be null or a number of tokens, at least 1")
+    return given
 
 
 def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:

@@ -14,6 +14,7 @@ from kvkernels.geometry import (
     FLOAT_BYTES,
     TILE_ROWS,
     Geometry,
+    band_floats,
     mask_floats,
     scratch_floats,
 )
@@ -58,6 +59,7 @@ class Footprint:
         tables = sum(self.max_model_len * config.head_dim + 1 for config in self._models())
         gathered = max(scratch_floats(geometry, self.max_model_len) for geometry in self.geometries())
         mask = mask_floats(self.max_model_len)
+        mask += sum(band_floats(window) for window in {one.sliding_window for one in self._models()})
         scales = sum(scale_bytes(self.precisions, one.layers, one.kv_width) for one in self._models())
         floats = tables + gathered + mask
         return (
@@ -104,7 +106,7 @@ class Footprint:
 
     def geometries(self) -> list[Geometry]:
         return [
-            Geometry(config.heads, config.kv_heads, config.head_dim, self.block_size)
+            Geometry(config.heads, config.kv_heads, config.head_dim, self.block_size, config.sliding_window)
             for config in self._models()
         ]
 

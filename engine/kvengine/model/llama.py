@@ -62,7 +62,8 @@ class Llama:
         self._epsilon = torch.full((1, 1), config.norm_eps, device=self._device)
 
     def geometry(self, block_size: int) -> Geometry:
-        return Geometry(self.config.heads, self.config.kv_heads, self.config.head_dim, block_size)
+        config = self.config
+        return Geometry(config.heads, config.kv_heads, config.head_dim, block_size, config.sliding_window)
 
     def forward(
         self, spans: Sequence[Span], storage: KvStorage, scratch: Scratch, mass: Mass | None = None

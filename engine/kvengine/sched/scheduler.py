@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 
-from kvengine.kv.eviction.relieve import packing_of, relieve
+from kvengine.kv.eviction.relieve import packing_of, relieve, slide
 from kvengine.kv.pool import BlockPool
 from kvengine.kv.precisions import FULL, Precisions
 from kvengine.kv.table import BlockTables, blocks_for
@@ -67,6 +67,8 @@ class Scheduler:
         self.tables = BlockTables(pool, block_size, tree)
         self.peak = None if lengths is None else PeakAdmission(self.tables, lengths)
         """Who looks ahead at admission; without, the watermark is of what is in use now."""
+        self.sliding_window: int | None = None
+        """Of the model: what it never looks at again is given up."""
         self.waiting = WaitingQueue(levels)
         self.running: list[Request] = []
         self.preemptions_total = 0
@@ -140,7 +142,9 @@ class Scheduler:
     def _evict(self, ratio: float) -> None:
         """First of all, so that nobody is preempted for blocks that others have agreed to give up."""
         for request in self.running:
-            if request.eviction is not None:
+            if self.sliding_window is not None:
+                slide(self.tables, request, self.sliding_window)
+            elif request.eviction is not None:
                 relieve(self.tables, request, ratio)
 
     def _schedule_decodes(self, speculative_tokens: int) -> None:

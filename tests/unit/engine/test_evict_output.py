@@ -49,11 +49,11 @@ class Engine:
         self.seen: dict[Request, dict[int, list[int]]] = {}
         evict = self.scheduler.tables.evict
 
-        def noted(request: Request, numbers: Sequence[int]) -> None:
+        def noted(request: Request, numbers: Sequence[int], **more: bool) -> None:
             positions = self.stored[request]
             for number in reversed(numbers):
                 del positions[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE]
-            evict(request, numbers)
+            evict(request, numbers, **more)
 
         self.scheduler.tables.evict = noted
 

@@ -52,9 +52,9 @@ class World:
         return self.scales.view(2, self.geometry.kv_heads, 1, self.geometry.head_dim)
 
 
-def world(shape: tuple, precision: Precision, device: str) -> World:
+def world(shape: tuple, precision: Precision, device: str, window: int | None = None) -> World:
     heads, kv_heads, dim, block_size, lengths = shape
-    geometry = Geometry(heads, kv_heads, dim, block_size)
+    geometry = Geometry(heads, kv_heads, dim, block_size, window)
     rng = random.Random(f"{shape}")
     torch.manual_seed(7)
     blocks = sum(geometry.blocks_for(context) for _, context in lengths) + 3
@@ -88,9 +88,11 @@ def difference(got: Tensor, expected: Tensor) -> float:
     return float("inf") if gap.isnan() else gap.item()
 
 
-def attends(shape: tuple, precision: Precision, device: str, parts: Callable) -> float:
-    given = world(shape, precision, device)
-    expected = reference.attend(given.query.clone(), given.meant, given.spans)
+def attends(
+    shape: tuple, precision: Precision, device: str, parts: Callable, window: int | None = None
+) -> float:
+    given = world(shape, precision, device, window)
+    expected = reference.attend(given.query.clone(), given.meant, given.spans, window)
     out = torch.full(given.query.shape, float("nan"), device=device)
     for part in parts(given.spans, given.geometry, given.scratch, given.query, out, precision):
         part.attend(given.stored, given.per_head)
@@ -160,6 +162,11 @@ def cases(backend: str, device: str, full: bool) -> Iterator[tuple[str, float]]:
             yield f"decode {name} {number}", attends(shape, precision, device, kernels.parts)
         for number, shape in enumerate(chunks if precision is FP32 else chunks[-1:]):
             yield f"prefill {name} {number}", attends(shape, precision, device, kernels.parts)
+        if precision in (FP32, INT8):
+            shape, window = (decodes[-1], 20) if not full else (decodes[-1], 700)
+            yield f"decode window {name}", attends(shape, precision, device, kernels.parts, window)
+            shape, window = (chunks[-1], 19) if not full else (chunks[-1], 300)
+            yield f"prefill window {name}", attends(shape, precision, device, kernels.parts, window)
         for dim in (8, 12):
             yield f"write {name} {dim}", writes(precision, device, dim, 3.0, kernels.write)
     yield "write fp8 tiny", writes(FP8, device, 8, 0.01, kernels.write)

@@ -19,6 +19,7 @@ PRECISIONS = ("fp32", "bf16", "fp8", "int8", "int4")
 CLOSE = [
     *(f"{kind} {name} 0" for kind in ("decode", "prefill") for name in PRECISIONS),
     *("decode fp32 1", "decode fp32 2", "prefill fp32 1"),
+    *(f"{kind} window {name}" for kind in ("decode", "prefill") for name in ("fp32", "int8")),
     *("accumulate fp32", "accumulate fp8", "accumulate int8", "accumulate int4", "accumulate chunk"),
 ]
 EXACT = [

@@ -1,5 +1,7 @@
 """Eviction at a step boundary: from a request, its scores and the knob to blocks that are free. No torch."""
 
+from itertools import takewhile
+
 from kvengine.kv.eviction.choose import budget, surplus
 from kvengine.kv.precisions import Precisions
 from kvengine.kv.table import BlockTables
@@ -25,6 +27,17 @@ def relieve(tables: BlockTables, request: Request, ratio: float) -> None:
     going = surplus(eviction, kept, request.blocks[:filled], tables.alone, request.block_mass)
     if going:
         tables.evict(request, going)
+
+
+def slide(tables: BlockTables, request: Request, window: int) -> None:
+    """Give up blocks that no token to come will see: the model attends to the latest `window` tokens only.
+
+    The token at position i sees i - window + 1 and on, so a block goes when its last position is i - window.
+    """
+    unseen = (request.computed - window + 1 - request.evicted) // tables.tokens_in_block(request)
+    going = list(takewhile(lambda number: tables.alone(request.blocks[number]), range(max(0, unseen))))
+    if going:
+        tables.evict(request, going, asked=False)
 
 
 def packing_of(request: Request, precisions: Precisions, bits: float | None) -> int:
