@@ -14,7 +14,7 @@ from kvpilot.publish.durations import Durations
 from kvpilot.publish.exposition import OPENMETRICS, TEXT, Collected, Writer
 from kvpilot.publish.picker import picker_page
 from kvpilot.publish.pilot_metrics import add_control, add_pilot, add_valves
-from kvpilot.publish.rank_metrics import RankMetrics, TenantMetrics
+from kvpilot.publish.rank_metrics import Extent, RankMetrics, TenantMetrics
 from kvpilot.publish.sheet import Sheet
 
 More = Callable[[Sheet], None]
@@ -35,7 +35,8 @@ class Collector:
         tick, now_ns = flight.pilot.board.tick, flight.pilot.clock.monotonic_ns()
         sheet = Sheet(flight.engine_name, flight.rank)
         add_pilot(sheet, flight)
-        if tick is not None and tick.sight.valve is not None:
+        # Valves are the whole engine's: of several ranks' pilots, the one that flies them shows them.
+        if tick is not None and tick.sight.valve is not None and flight.pilot.actuator.flies_valves:
             add_valves(sheet, tick.sight.valve)
             self._tenants_of(None).add_valve_rows(sheet, flight.pilot.engine.valve_rows())
         own = self.own_view()
@@ -43,9 +44,10 @@ class Collector:
             assert tick is not None
             add_control(sheet, tick, now_ns)
             # Against the tick: between two ticks nothing was looked at.
-            self._add_rank(sheet, own, tick.at_ns, own=True)
+            extent: Extent = "own" if flight.pilot.actuator.flies_valves else "own_without_valves"
+            self._add_rank(sheet, own, tick.at_ns, extent)
         for view in flight.others.look(now_ns) if flight.others is not None else ():
-            self._add_rank(sheet, view, view.sight.at_ns, own=False)
+            self._add_rank(sheet, view, view.sight.at_ns, "other")
         for add in self._more:
             add(sheet)
         return sheet.collected()
@@ -67,8 +69,8 @@ class Collector:
             engine.tenant_counts,
         )
 
-    def _add_rank(self, sheet: Sheet, view: RankView, now_ns: int, own: bool) -> None:
-        self._ranks.add(sheet, view, now_ns, own)
+    def _add_rank(self, sheet: Sheet, view: RankView, now_ns: int, extent: Extent) -> None:
+        self._ranks.add(sheet, view, now_ns, extent)
         self._tenants_of(view.rank).add_rows(sheet, view.tenants(), view.rank, view.tenant_counts())
 
     def _tenants_of(self, rank: int | None) -> TenantMetrics:

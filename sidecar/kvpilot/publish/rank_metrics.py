@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Literal
 
 from kvpilot.adapters.other_ranks import RankView
 from kvpilot.adapters.windows import Reading
@@ -21,8 +22,14 @@ from kvpilot.signals import SIGNALS, Missing, Signal
 _NAMES = {name: family.name.removeprefix("kvpilot_") for name, family in SIGNAL_FAMILIES.items()}
 _FIELD_NAMES = {field: family.name.removeprefix("kvpilot_") for field, family in FIELD_FAMILIES.items()}
 _NOTHING = Missing("no_samples")
-_ENGINE_ONLY = ("engine",)
-_ALL_PROVIDERS = ("engine", "valve", "pilot")
+
+Extent = Literal["own", "own_without_valves", "other"]
+_PROVIDERS: dict[Extent, tuple[str, ...]] = {
+    "own": ("engine", "valve", "pilot"),
+    "own_without_valves": ("engine", "pilot"),
+    "other": ("engine",),
+}
+"""Whose signals are shown of the rank that this pilot flies, and of others."""
 
 
 class RankMetrics:
@@ -32,13 +39,13 @@ class RankMetrics:
         self._exemplars = exemplars
         self._traced = traced
 
-    def add(self, sheet: Sheet, view: RankView, now_ns: int, own: bool) -> None:
+    def add(self, sheet: Sheet, view: RankView, now_ns: int, extent: Extent) -> None:
         """Everything about one rank that has an engine."""
         self._add_engine(sheet, view)
         ages_s = _ages_s(view, now_ns)
         for signal in SIGNALS.values():
-            if signal.provider in (_ALL_PROVIDERS if own else _ENGINE_ONLY):
-                self._add_signal(sheet, signal, view, ages_s.get(signal.name), own)
+            if signal.provider in _PROVIDERS[extent]:
+                self._add_signal(sheet, signal, view, ages_s.get(signal.name), extent != "other")
         record, manifest = view.sight.record, view.sight.manifest
         assert manifest is not None
         for field, name in _FIELD_NAMES.items():

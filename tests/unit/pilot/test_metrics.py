@@ -227,6 +227,16 @@ def test_what_tenants_ask_of_the_valves(tmp_path: Path) -> None:
     assert found[key("kvpilot_tenant_offered_total", tenant="acme")] == 1
 
 
+def test_of_several_pilots_one_shows_the_valves(tmp_path: Path) -> None:
+    world = World(flies_valves=False)
+    world.start_engine()
+    MemoryValve(world).writer.shed(0, "acme", 10)
+    world.ticks(1.5, running=1)
+    found = {name for name, _ in samples(world, tmp_path)}
+    assert "kvpilot_requests_running" in found
+    assert not found & {"kvpilot_shed_total", "kvpilot_tenant_shed_total", "kvpilot_valve_processes"}
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(1.0, "1.0"), (math.inf, "+Inf"), (-math.inf, "-Inf"), (math.nan, "NaN"), (3, "3.0")]
 )
