@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import pytest
 from fake_executor import FakeExecutor
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvengine.core import Core
+from kvengine.kv.eviction.policy import Eviction
 from kvengine.kv.pool import BlockPool
 from kvengine.kv.tree import PrefixTree
 from kvengine.request import Request, SamplingParams
@@ -51,13 +52,21 @@ class Engine:
         self.most_blocks = max(self.most_blocks, self.scheduler.pool.referenced)
 
     def ask(
-        self, number: int, prompt: int, output: int, most: int, *, forks: int = 0, salt: int = 0
+        self,
+        number: int,
+        prompt: int,
+        output: int,
+        most: int,
+        *,
+        forks: int = 0,
+        eviction: Eviction | None = None,
     ) -> Request:
-        tokens = [(number if i >= salt else 0) % 97 + i % 5 for i in range(prompt)]
+        tokens = [number % 97 + i % 5 for i in range(prompt)]
         first, *others = [
             Request(number + 10_000 * i, tokens, SamplingParams(most), arrived_ns=self.clock.monotonic_ns())
             for i in range(1 + forks)
         ]
+        first.eviction = eviction
         first.add_forks(others)
         for one in (first, *others):
             self.ends[one.id] = output
@@ -88,6 +97,7 @@ class Engine:
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 60))
 
 
+@settings(deadline=None)
 @given(
     held=st.integers(1, 60),
     size=st.sampled_from([4, 8, 16]),
@@ -107,6 +117,7 @@ def test_growth_is_the_mean_and_variance_over_the_outcomes(
         assert seen == pytest.approx((mean, variance))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=400))
 def test_every_common_end_is_looked_at(ends: list[int]) -> None:
     """An end that as many share as lie between two looks cannot be stepped over; the next step is one."""
@@ -118,6 +129,7 @@ def test_every_common_end_is_looked_at(ends: list[int]) -> None:
     assert {end for end in ends if ends.count(end) >= share} <= set(looks)
 
 
+@settings(max_examples=30, deadline=None)
 @given(asked=st.lists(sizes, min_size=1, max_size=8), packing=st.sampled_from([1, 2, 4]))
 def test_the_peak_of_known_ends_is_exact(asked: list[tuple[int, int]], packing: int) -> None:
     """Where every end is known, the forecast is the most blocks that the pool then really gives out."""
@@ -231,6 +243,18 @@ def test_what_is_stored_in_fewer_bits_asks_for_less() -> None:
         engine.scheduler.schedule(replace(WIDE, kv_element_bits=bits))
         running[bits] = len(engine.scheduler.running)
     assert running == {32: 100 // 16, 8: 100 // 4}
+
+
+def test_who_evicts_grows_no_further_than_what_it_keeps() -> None:
+    """Two that keep 16 tokens fit where two that keep everything do not."""
+    running = {}
+    for eviction in (None, Eviction("window", sink=0, recent=16)):
+        engine = Engine(20, LengthPredictor(FAR))
+        for number in (1, 2):
+            engine.ask(number, prompt=12, output=60, most=60, eviction=eviction)
+        engine.scheduler.schedule(WIDE)
+        running[eviction is None] = len(engine.scheduler.running)
+    assert running == {True: 1, False: 2}
 
 
 def test_a_refusal_is_not_looked_at_again_at_every_step() -> None:
