@@ -5,6 +5,7 @@ provides the uniforms, as many as it would need in any other batch. O(rows x voc
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -45,14 +46,14 @@ def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
 def sampled(logits: Tensor, slices: Sequence[Slice]) -> dict[int, SliceResult]:
     """The result of each slice, by its id, from its row of `logits`; a request's forks draw from the same."""
-    beams = [row for row, piece in enumerate(slices) if piece.request.group is not None]
-    if not beams:
-        return _drawn(logits, slices)
-    results = _searched(logits[torch.tensor(beams, device=logits.device)], [slices[row] for row in beams])
-    others = [row for row, piece in enumerate(slices) if piece.request.group is None]
-    if others:
-        rows = torch.tensor(others, device=logits.device)
-        results |= _drawn(logits[rows], [slices[row] for row in others])
+    results: dict[int, SliceResult] = {}
+    first = 0
+    # Runs of the same kind, so that no row is copied; beams of a group stand together.
+    for searches, run in groupby(slices, lambda piece: piece.request.group is not None):
+        pieces = list(run)
+        rows = logits[first : first + len(pieces)]
+        results |= _searched(rows, pieces) if searches else _drawn(rows, pieces)
+        first += len(pieces)
     return results
 
 

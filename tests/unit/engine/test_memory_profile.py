@@ -23,6 +23,7 @@ from kvengine.model.footprint import DRAFT_CATCH_UP_TOKENS, Footprint
 from kvengine.model.llama import Llama
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.batch import Batch, Slice
+from kvengine.sched.beam import BeamGroup
 
 WEIGHTS = Path(kvengine.__file__).parent / "weights"
 BLOCKS, BLOCK_SIZE = 4096, 16
@@ -117,6 +118,15 @@ def test_decoding_is_charged_what_it_allocates(
     engine, memory, count, drafts, temperature, top_p, ragged
 ) -> None:
     slices = decode(count, drafts, temperature, top_p, ragged)
+    charged, allocated = charged_and_allocated(engine, memory, slices)
+    assert allocated <= charged <= 1.15 * allocated + 640 * KIB
+
+
+@pytest.mark.parametrize("width", [2, 8, 100])
+@pytest.mark.parametrize("others", [0, 8])
+def test_beams_are_charged_what_they_allocate(engine, memory, width, others) -> None:
+    slices = decode(width + others, 0, 0.0, 1.0)
+    BeamGroup([piece.request for piece in slices[others:]])
     charged, allocated = charged_and_allocated(engine, memory, slices)
     assert allocated <= charged <= 1.15 * allocated + 640 * KIB
 
