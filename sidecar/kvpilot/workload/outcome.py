@@ -1,5 +1,6 @@
 """What became of one arrival, as its client saw it and as the engine timed it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -37,7 +38,7 @@ class Outcome:
     http_status: int | None = None
     error: str | None = None
     received_ns: int = 0
-    emitted: tuple[tuple[int, int], ...] = ()
+    emitted: Sequence[tuple[int, int]] = ()
 
     @property
     def ttft_s(self) -> float | None:
