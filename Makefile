@@ -68,5 +68,10 @@ dashboards: .venv/dev
 	PYTHONPATH=dashboards $(BIN)/python -m kvboards.generate
 	$(BIN)/python -m pytest -q tests/unit/dashboards $(PYTEST)
 
+# The same dashboards as pictures, docs/img/dashboard-*.png: needs npm, Chromium and Prometheus, and fetches 400 MB of
+# Grafana's packages into the user's cache, once.
+dashboards-look: .venv/dev
+	PYTHONPATH=dashboards $(BIN)/python -m kvboards.look $(LOOK)
+
 clean:
 	rm -rf .venv dist build

@@ -128,7 +128,7 @@ TRAFFIC = Row(
                 ),
                 Query(ON_TIME, "on time", GOOD, fill=20),
             ),
-            unit="suffix: tok/s",
+            unit="suffix:tok/s",
             least=0,
         ),
     ),

@@ -80,7 +80,7 @@ WORK = Row(
                     f"avg(kvpilot_gpu_memory_utilisation_ratio{{{GPU}}})",
                     "memory",
                     HELD,
-                    width=1,
+                    width=2,
                     dash=(6, 4),
                 ),
             ),
@@ -111,7 +111,7 @@ WORK = Row(
             "Of the multiprocessors and of the memory, slowest device.",
             (
                 Query(f"min(kvpilot_gpu_sm_clock_hertz{{{GPU}}})", "multiprocessors", MEASURED),
-                Query(f"min(kvpilot_gpu_memory_clock_hertz{{{GPU}}})", "memory", HELD, width=1, dash=(6, 4)),
+                Query(f"min(kvpilot_gpu_memory_clock_hertz{{{GPU}}})", "memory", HELD, width=2, dash=(6, 4)),
             ),
             unit="hertz",
             least=0,

@@ -38,7 +38,7 @@ MOST = Row(
                     MEASURED,
                 ),
             ),
-            unit="suffix: tok/s",
+            unit="suffix:tok/s",
             least=0,
             width=8,
         ),

@@ -133,7 +133,7 @@ function Rows({ panel, width, height }) {
 
 function States({ panel, width, height }) {
   const options = (panel.json.fieldConfig.defaults.mappings || [])[0]?.options || {};
-  const names = Math.max(...panel.frames.map((frame) => frame.name.length)) * 6.6 + 12;
+  const names = Math.max(...panel.frames.map((frame) => frame.name.length)) * 7.4 + 14;
   const legend = 26;
   const each = (height - legend - 20) / panel.frames.length;
   const scale = (time) => names + ((time - page.from) / (page.to - page.from)) * (width - names);
@@ -147,7 +147,8 @@ function States({ panel, width, height }) {
     });
     return found;
   };
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((share) => page.from + share * (page.to - page.from));
+  const shares = width < 500 ? [0, 1] : [0, 0.25, 0.5, 0.75, 1];
+  const ticks = shares.map((share) => page.from + share * (page.to - page.from));
   const text = { fill: theme.colors.text.secondary, fontSize: 12, fontFamily: theme.typography.fontFamily };
   return (
     <div>
@@ -173,7 +174,7 @@ function States({ panel, width, height }) {
         ))}
         {ticks.map((time, index) => (
           <text key={index} {...text} x={scale(time)} y={height - legend - 4}
-            textAnchor={index === 0 ? 'start' : index === 4 ? 'end' : 'middle'}>
+            textAnchor={index === 0 ? 'start' : index === ticks.length - 1 ? 'end' : 'middle'}>
             {new Date(time).toISOString().slice(11, 19)}
           </text>
         ))}

@@ -110,3 +110,12 @@ def test_an_unknown_variable_and_a_legend_are_noticed() -> None:
         substitute('up{engine=~"$engnie"}', {"engine": "x"})
     assert substitute('a{b=~"$b"}[${__interval}]', {"b": "1|2", "__interval": "1s"}) == 'a{b=~"1|2"}[1s]'
     assert LEGEND.findall("{{policy}} / {{ rule }}") == ["policy", "rule"]
+
+
+def test_the_page_says_what_every_panel_says() -> None:
+    page = (ROOT / "docs/dashboards.md").read_text()
+    for board in BOARDS:
+        assert f"\n## {board.title}\n" in page
+        for panel in board.panels:
+            row = f"| {panel.title.replace('$', '')} | {panel.says} |"
+            assert row in page, f"docs/dashboards.md, {board.title}: should have {row}"
