@@ -109,6 +109,19 @@ def test_the_official_client_gets_several_choices(client: openai.OpenAI) -> None
     assert best.usage.completion_tokens == 36
 
 
+def test_the_official_client_searches_with_beams(client: openai.OpenAI) -> None:
+    """Those that come back are the best of all, in order, however many are asked for."""
+    search = {"use_beam_search": True, "length_penalty": 0.0, **IGNORE_EOS}
+    settings = {"model": MODEL, "prompt": '{"name": ', "max_tokens": 12, "temperature": 0, "best_of": 4}
+    answer = client.completions.create(**settings, n=2, extra_body=search)
+    texts = [choice.text for choice in answer.choices]
+    assert len(set(texts)) == 2
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 48
+    again = client.completions.create(**settings, n=4, extra_body=search)
+    assert [choice.text for choice in again.choices][:2] == texts
+
+
 def test_warm_prompts_are_cached_at_the_start_and_again_on_request(tmp_path: Path) -> None:
     prompts = tmp_path / "warm.jsonl"
     lines = [
