@@ -181,6 +181,25 @@ def test_hostile_tenants_are_escaped_bounded_and_hashed(names: list[str]) -> Non
     assert len(list(parse_openmetrics(page))) == (5 if names else 0)
 
 
+def test_prefix_hits_by_tenant_are_shown_where_the_engine_counts_them() -> None:
+    """A tenant that was never looked up, and an engine that does not count, have no sample, not a 0."""
+    rows = [TenantRow(name, 1, 0, 8, 0, 9) for name in ("acme", "globex")]
+    queried, hit = "prefix_tokens_queried_total", "prefix_tokens_hit_total"
+    seen = {}
+    for counts in ({}, {"acme": {queried: 40, hit: 30}, "gone": {queried: 5, hit: 5}}):
+        sheet = Sheet("lab", 0)
+        TenantMetrics().add_rows(sheet, rows, 0, counts)
+        page = Writer().write(sheet.collected(), openmetrics=False).decode()
+        seen[len(counts)] = {
+            (sample.name, sample.labels["tenant"]): sample.value
+            for family in parse(page)
+            for sample in family.samples
+            if "prefix" in sample.name
+        }
+    names = ("kvpilot_tenant_prefix_queried_tokens_total", "kvpilot_tenant_prefix_hit_tokens_total")
+    assert seen == {0: {}, 2: {(names[0], "acme"): 40, (names[1], "acme"): 30}}
+
+
 @given(st.text() | st.sampled_from(HOSTILE))
 def test_any_label_value_survives_both_formats(value: str) -> None:
     family = FAMILIES["kvpilot_policy_mode"]
