@@ -103,7 +103,7 @@ class Core:
         family = [request, *request.forks]
         if request.group is not None:
             family = request.group.family
-            reason = reason or self._too_wide(request, len(family))
+            reason = reason or self._offer.beam_refusal() or self._too_wide(request, len(family))
         if reason is not None:
             for _ in family:
                 self.count_rejected()

@@ -282,6 +282,12 @@ def test_times_are_told_to_nobody_else(shared: FakeEngine) -> None:
         ({"prompt": "x", "n": 2, "kvpilot_times": True}, "leave out n and best_of"),
         ({"prompt": "x", "length_penalty": 2.0}, "length_penalty and early_stopping need use_beam_search"),
         ({"prompt": "x", "logprobs": 5}, "logprobs=5 is not supported"),
+        ({"prompt": "x", "kvpilot_evict": {"policy": "lru"}}, "policy 'lru' is unknown: choose one of"),
+        (
+            {"prompt": "x", "kvpilot_evict": {"policy": "window", "recent": 3}},
+            "recent is 3 tokens and a block holds 4",
+        ),
+        ({"prompt": "x", "kvpilot_evict": {"policy": "h2o"}}, "start it with --heavy-hitters"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "max_tokens": "5"}, "max_tokens"),
         ({"prompt": "x", "temperature": -1}, "temperature"),

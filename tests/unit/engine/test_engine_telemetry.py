@@ -8,6 +8,7 @@ from fake_executor import FakeExecutor, Reading
 from kvengine.config import EngineConfig
 from kvengine.core import Core
 from kvengine.errors import DeviceOutOfMemory
+from kvengine.kv.eviction.policy import Eviction
 from kvengine.kv.plan import Plan
 from kvengine.kv.pool import BlockPool
 from kvengine.kv.tree import PrefixTree
@@ -436,3 +437,29 @@ def test_counts_of_tenants_are_bounded() -> None:
             flight.step()
     flight.idle()
     assert len(flight.scheduler.tables.prefix_by_tenant) <= MAX_TENANTS
+
+
+def test_a_lease_evicts_of_those_who_opted_in_and_the_record_counts_it() -> None:
+    """40 tokens in blocks of 4: at half, five blocks go of the one that opted in, and none comes back."""
+    flight = Flight()
+    flight.arrive(1, prompt=39, output=20)
+    eviction = Eviction("window", sink=4)
+    flight.core.accept(Request(2, [2] * 39, SamplingParams(20), eviction=eviction))
+    flight.lease(1)
+    flight.step()
+    flight.step()
+    flight.lease(2, kv_kept_ratio=0.5)
+    flight.step()
+    plain, asked = sorted(flight.scheduler.running, key=lambda one: one.id)
+    *_, record = flight.reader.poll()
+    assert (asked.evicted, plain.evicted) == (20, 0)
+    assert (len(asked.blocks), len(plain.blocks)) == (6, 11)
+    assert record["evicted_tokens_total"] == 20
+    assert record["tail_waste_tokens"] == (6 + 11) * BLOCK - asked.stored - plain.computed
+    assert record["knob.kv_kept_ratio"] == 0.5
+    flight.lease(3)
+    flight.step()
+    flight.scheduler.check()
+    assert asked.evicted == 20
+    knob = next(knob for knob in flight.manifest.knobs if knob.name == "kv_kept_ratio")
+    assert (knob.minimum, knob.maximum, knob.baseline) == (0.05, 1.0, 1.0)

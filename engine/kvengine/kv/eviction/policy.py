@@ -103,6 +103,15 @@ class Offer:
     sliding_window: int | None = None
     """Of its model, which evicts by itself then."""
 
+    def beam_refusal(self) -> str | None:
+        """Why beams cannot be searched here: they come back on common blocks, which must all be there."""
+        if self.sliding_window is None:
+            return None
+        return (
+            f"This model attends to the latest {self.sliding_window} tokens only and gives up the others by "
+            "itself: beam search needs them; leave use_beam_search out."
+        )
+
     def refusal(self, eviction: Eviction, choices: int = 1) -> str | None:
         """Why it cannot be served here, in one line with the numbers; None if it can."""
         if eviction.exact and choices > 1:
