@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from kvpilot.clock import NS
 from kvpilot.inside.valve_law import Decision
 from kvpilot.simulate.agenda import Agenda
+from kvpilot.simulate.emissions import Emissions
 from kvpilot.simulate.plants.acceptance import uniform
 from kvpilot.workload.arrival import Arrival
 from kvpilot.workload.client import Patience
@@ -49,7 +50,7 @@ class Visit:
     request_id: int | None = None
     """While the engine has it."""
     ticket: int = 0
-    emitted: list[tuple[int, int]] = field(default_factory=list)
+    emitted: Emissions = field(default_factory=Emissions)
     over: bool = False
 
 
@@ -152,7 +153,7 @@ class Clients:
                 if visit is None:  # Its client has gone; the engine hears of that at its next step.
                     continue
                 begins = begins or not visit.emitted
-                visit.emitted.append((at_ns, len(tokens)))
+                visit.emitted.add(at_ns, len(tokens))
                 if finish is not None:
                     self._end(visit, Fate.FINISHED, 200)
             self._door.byte_left(begins)
@@ -185,6 +186,6 @@ class Clients:
                 http_status=status,
                 error=error,
                 received_ns=visit.sent_ns if finished else 0,
-                emitted=tuple(visit.emitted) if finished else (),
+                emitted=visit.emitted if finished else (),
             )
         )

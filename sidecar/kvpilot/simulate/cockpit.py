@@ -35,6 +35,10 @@ class Flown:
     """(virtual time, every lease from then on), at each change."""
 
 
+def _forget(row: Record) -> None:
+    """Keep nothing."""
+
+
 class Cockpit:
     """One pilot, its controls pages, and what it did."""
 
@@ -48,12 +52,15 @@ class Cockpit:
         arm: Arm = AT_ONCE,
         faults: Sequence[Fault] = (),
         now_s: Now = lambda: 0.0,
+        journalled: bool = True,
     ) -> None:
+        """Without `journalled` decisions are made and not kept: of hundreds of replicas nobody reads them."""
         self.engine_controls = bytearray(CONTROLS_BYTES)
         self.valve_controls = bytearray(CONTROLS_BYTES)
         self.flown = Flown()
         self._clock = clock
         self._held: Mapping[Target, float] = {}
+        keep = self.flown.journal.append if journalled else _forget
         controls = Controls(
             ControlsWriter(self.engine_controls, IDENTITY), ControlsWriter(self.valve_controls, IDENTITY)
         )
@@ -63,8 +70,8 @@ class Cockpit:
             if faults
             else EngineAdapter(pages, "memory"),
             actuator=Actuator(controls, renewal=1),
-            orders=Orders(clock, self.flown.journal.append),
-            ledger=Ledger(self.flown.journal.append),
+            orders=Orders(clock, keep),
+            ledger=Ledger(keep),
             board=Board(classes, shown=False),
             slo=slo,
             arm=arm,

@@ -56,6 +56,7 @@ class Replica:
         acceptance: Acceptance | None = None,
         prompt: Prompt = plain_prompt,
         faults: Sequence[Fault] = (),
+        journalled: bool = True,
     ) -> None:
         self.deployment = deployment
         self.clock = VirtualClock(START_NS)
@@ -68,6 +69,7 @@ class Replica:
                 *(self.clock, pages, policies, slo, deployment.classes),
                 faults=faults,
                 now_s=lambda: self.now_s,
+                journalled=journalled,
             )
         )
         cockpit = self.cockpit
