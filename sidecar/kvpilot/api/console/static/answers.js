@@ -1,6 +1,6 @@
 // The three answers, and the axis on which memory runs out.
 
-import { byId, lines, mark, say, svg } from "./dom.js";
+import { boldLines, byId, lines, mark, say, svg } from "./dom.js";
 import { seconds, valueOf } from "./format.js";
 
 const ENDS = [1, 3600];
@@ -13,7 +13,10 @@ export function showAnswers(frame) {
     const card = byId(`answer-${name}`);
     mark(card, "data-level", answer.level);
     say(card.querySelector(".title"), answer.title);
-    lines(card.querySelector("ul"), answer.lines);
+    const list = card.querySelector("ul"), now = answer.lines.join("\n");
+    if (list.dataset.said === now) continue;
+    list.dataset.said = now;
+    (name === "doing" ? boldLines : lines)(list, answer.lines);
   }
   showExhaustion(frame.signals);
 }

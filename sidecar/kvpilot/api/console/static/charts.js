@@ -21,12 +21,12 @@ export function chart(place, { lines, height = 84, limit = null, format, top = n
     scales: { y: { range: (u, low, high) => bounds(high, limit, top) } },
     axes: [
       {
-        stroke: () => colour.soft, grid: { show: false }, ticks: { show: false }, size: 18, gap: 3, font: FONT, space: 86,
+        stroke: () => colour.soft, grid: { show: false }, ticks: { show: false }, size: 20, gap: 6, font: FONT, space: 86,
         values: (u, ticks) => ticks.map(timeOfDay),
       },
       {
         stroke: () => colour.soft, grid: { stroke: () => colour.line, width: 1 }, ticks: { show: false },
-        size: 44, gap: 4, font: FONT, space: 26, values: (u, ticks) => ticks.map((tick) => format(tick)),
+        size: 44, gap: 4, font: FONT, space: 26, values: (u, ticks) => ticks.map((tick) => (tick === 0 ? "" : format(tick))),
       },
     ],
     series: [{}, ...lines.map((line) => ({

@@ -37,6 +37,15 @@ export function lines(list, texts) {
   texts.forEach((text, i) => say(list.children[i], text));
 }
 
+/** The same, with what stands before the first colon in bold. */
+export function boldLines(list, texts) {
+  lines(list, []);
+  for (const text of texts) {
+    const at = text.indexOf(": ");
+    list.append(at < 0 ? el("li", {}, text) : el("li", {}, el("b", {}, text.slice(0, at)), text.slice(at)));
+  }
+}
+
 /** Tell people who listen. */
 export function announce(text) {
   byId("said").textContent = text;

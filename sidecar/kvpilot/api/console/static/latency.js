@@ -78,7 +78,7 @@ function build() {
     lines: [{ label: "running", stroke: "trace" }, { label: "waiting", stroke: "caution", dash: [4, 3] }],
   }, ["requests_running", "requests_waiting"]);
   byId("occupancy").append(el("h3", {}, "Share of KV memory held, last ten minutes"));
-  add(byId("occupancy"), { lines: [{ label: "held", stroke: "trace", fill: true }], height: 84, top: 1, format: percent, label: "KV memory held" }, ["kv_occupancy"]);
+  add(byId("occupancy"), { lines: [{ label: "held", stroke: "trace", fill: true }], height: 122, top: 1, format: percent, label: "KV memory held" }, ["kv_occupancy"]);
   redraw();
 }
 

@@ -1,0 +1,60 @@
+"""A stage and a browser for each file of tests, and a page for each test that fails on any error in it."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from stage import Stage
+
+WIDTH, HEIGHT = 1280, 900
+FLOWN_S = 32.0
+"""Calm, and then twelve seconds of a burst: rules act, requests wait and are shed."""
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("stage"))
+    stage.start()
+    stage.record_death()
+    stage.fly(FLOWN_S)
+    yield stage
+    stage.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+        )
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page with the console, and everything that went wrong or went out while it was open."""
+
+    def __init__(self, page, url: str) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))
+        page.goto(url)
+        page.wait_for_selector("#answer-state[data-level]")
+
+
+@pytest.fixture
+def opened(stage: Stage, browser) -> Iterator[Opened]:
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
+    context.set_default_timeout(15_000)
+    opened = Opened(context.new_page(), stage.url)
+    yield opened
+    context.close()
+    assert opened.errors == []
+    assert all(url.startswith(stage.url) for url in opened.requests), "no request leaves the pilot"
