@@ -99,6 +99,7 @@ RULES = Row(
             ),
             width=24,
             height=9,
+            link=("Runbooks of the policies", "${docs}/policies.md"),
         ),
         Panel(
             "lines",
@@ -116,6 +117,7 @@ RULES = Row(
                 )
                 for verdicts, legend, color in _VERDICTS
             ),
+            link=("Why, decision by decision", "${console}"),
             unit="short",
             least=0,
             decimals=0,

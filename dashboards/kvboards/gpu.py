@@ -1,7 +1,7 @@
 """GPU: who holds its memory, what part nobody can explain, and what its driver complains of."""
 
 from kvboards.board import SELECT, Board, Row, Variable
-from kvboards.palette import BAD, CAUTION, EXPECTED, GOOD, HELD, MEASURED, REFERENCE, REST, SHADOW
+from kvboards.palette import BAD, CAUTION, GOOD, HELD, MEASURED, REFERENCE, REST
 from kvboards.panels import Panel, Query
 
 GPU = f'{SELECT}, gpu=~"$gpu"'
@@ -10,8 +10,8 @@ _PARTS = (
     ("weights", HELD, 80),
     ("kv", MEASURED, 65),
     ("activations", GOOD, 65),
-    ("context", REFERENCE, 50),
-    ("others", SHADOW, 65),
+    ("context", HELD, 35),
+    ("others", REFERENCE, 50),
     ("fragmentation", CAUTION, 80),
     ("unexplained", BAD, 90),
 )
@@ -144,7 +144,7 @@ HEALTH = Row(
             "lines",
             "Temperature",
             "Of the hottest chip.",
-            (Query(f"max(kvpilot_gpu_temperature_celsius{{{GPU}}})", "hottest", EXPECTED, fill=10),),
+            (Query(f"max(kvpilot_gpu_temperature_celsius{{{GPU}}})", "hottest", MEASURED, fill=10),),
             unit="celsius",
             least=0,
             width=8,

@@ -112,9 +112,8 @@ async def drawn(lab: Lab, board: Board, begin_s: float, end_s: float, step_s: in
         if source.kind == "table":
             panel["table"] = await _table(lab, source, made, here, end_s)
         else:
-            # Grafana asks for one moment where only the last value is shown.
-            first_s = end_s if source.kind in ("stat", "bars") else begin_s
-            panel["frames"] = await _frames(lab, made, here, first_s, end_s, step_s)
+            times = _times(source, begin_s, end_s, step_s)
+            panel["frames"] = await _frames(lab, made, here, times)
         panels.append(panel)
         lowest = max(lowest, at["y"] + at["h"])
     choices = [
@@ -136,21 +135,35 @@ async def drawn(lab: Lab, board: Board, begin_s: float, end_s: float, step_s: in
     }
 
 
+def _times(source: Panel, begin_s: float, end_s: float, step_s: int) -> list[float]:
+    """When to look: Grafana asks for one moment where only the last value is shown."""
+    if source.kind in ("stat", "bars"):
+        return [end_s]
+    return [begin_s + index * step_s for index in range(int((end_s - begin_s) / step_s) + 1)]
+
+
+def _named(legend: str, labels: Mapping[str, str]) -> str:
+    return check.LEGEND.sub(lambda match: labels.get(match[1], ""), legend)
+
+
 async def _frames(
-    lab: Lab, made: Mapping[str, Any], here: Mapping[str, str], begin_s: float, end_s: float, step_s: int
+    lab: Lab, made: Mapping[str, Any], here: Mapping[str, str], times: Sequence[float]
 ) -> list[dict[str, Any]]:
     frames = []
     for target in made["targets"]:
         expr = check.substitute(target["expr"], here)
-        answer = await lab.query("query_range", query=expr, start=begin_s, end=end_s, step=step_s)
+        if len(times) == 1:
+            # Sorted, as `topk` sorts, unlike a range of one point.
+            answer = await lab.query("query", query=expr, time=times[0])
+        else:
+            span = {"start": times[0], "end": times[-1], "step": times[1] - times[0]}
+            answer = await lab.query("query_range", query=expr, **span)
         for one in answer["data"]["result"]:
-            times = [begin_s + index * step_s for index in range(int((end_s - begin_s) / step_s) + 1)]
-            points = {round(float(at)): float(value) for at, value in one["values"]}
+            seen = one["values"] if "values" in one else [one["value"]]
+            points = {round(float(at)): float(value) for at, value in seen}
             values = [points.get(round(at)) for at in times]
             labels = one["metric"]
-            name = check.LEGEND.sub(
-                lambda match, labels=labels: labels.get(match[1], ""), target["legendFormat"]
-            )
+            name = _named(target["legendFormat"], labels)
             frames.append(
                 {
                     "refId": target["refId"],
