@@ -172,6 +172,19 @@ def test_beams_are_those_of_a_dense_search(
     assert harness.core.totals.prefill_tokens == len(prompt), "the prompt is computed once"
 
 
+@pytest.mark.parametrize("prompt", [6, 15, 22, 30])
+def test_beams_end_early_as_asked(prompt: int) -> None:
+    """Prompts after which the three ways to end find three different things."""
+    results = set()
+    for early in (False, True, "never"):
+        harness = Harness()
+        group = harness.arrive([prompt], 2, 8, early_stopping=early)
+        harness.drain()
+        assert found(group, harness) == expected(group)
+        results.add(tuple(tuple(one.tokens) for one in group.family))
+    assert len(results) == 3
+
+
 class BeamMachine(RuleBasedStateMachine):
     """Groups and plain requests, preempted, cancelled and failed, in a pool that is too small for all."""
 
