@@ -95,8 +95,8 @@ def write_ranks(environ: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def lab() -> Iterator[tuple[int, LinkPlace]]:
-    """The ranks and a pilot beside them; gives the pilot's port and where the pages are."""
+def lab() -> Iterator[tuple[int, LinkPlace, int]]:
+    """The ranks and a pilot beside them; gives the pilot's port, where the pages are, and its process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for each in ("t", "c"):
@@ -130,7 +130,7 @@ def lab() -> Iterator[tuple[int, LinkPlace]]:
         pilot = subprocess.Popen(command, env=whole, stderr=subprocess.DEVNULL)
         try:
             _await_ranks(port)
-            yield port, LinkPlace(folder / "t", folder / "c", ENGINE, trusted_uids(environ))
+            yield port, LinkPlace(folder / "t", folder / "c", ENGINE, trusted_uids(environ)), pilot.pid
         finally:
             for child in (pilot, ranks):
                 child.terminate()
@@ -233,14 +233,23 @@ def viewed_path(port: int) -> str:
     return "/status"
 
 
-def lateness_windows(port: int, pairs: int, seconds: float) -> tuple[list[float], dict[str, Any]]:
+def cpu_s(pid: int) -> float:
+    """CPU seconds that the process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def lateness_windows(port: int, pid: int, pairs: int, seconds: float) -> tuple[list[float], dict[str, Any]]:
     """Of each pair of windows: lateness with viewers over lateness without."""
     path, alone, watched, seen = viewed_path(port), [], [], 0
+    cpu_alone_s, cpu_watched_s = 0.0, 0.0
     for _ in range(pairs):
-        start = metrics(port)
+        start, began_s = metrics(port), cpu_s(pid)
         time.sleep(seconds)
-        middle = metrics(port)
+        middle, between_s = metrics(port), cpu_s(pid)
         seen += asyncio.run(view(port, seconds, path))
+        cpu_alone_s += between_s - began_s
+        cpu_watched_s += cpu_s(pid) - between_s
         end = metrics(port)
         alone.append(lateness_ms(start, middle))
         watched.append(lateness_ms(middle, end))
@@ -249,6 +258,8 @@ def lateness_windows(port: int, pairs: int, seconds: float) -> tuple[list[float]
         "updates_per_viewer_s": seen / VIEWERS / (pairs * seconds),
         "lateness_ms": statistics.median(alone),
         "lateness_with_viewers_ms": statistics.median(watched),
+        "pilot_cpu_ratio": cpu_alone_s / (pairs * seconds),
+        "pilot_cpu_with_viewers_ratio": cpu_watched_s / (pairs * seconds),
     }
     return [with_ / without for with_, without in zip(watched, alone, strict=True)], results
 
@@ -274,12 +285,13 @@ def publish_ms(place: LinkPlace, ticks: int) -> float:
 def measure(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any], list[Bar]]:
     quick = arguments.quick
     scrape_s, pairs, window_s, ticks = (6.0, 3, 4.0, 200) if quick else (20.0, 5, 10.0, 600)
-    with lab() as (port, place):
+    with lab() as (port, place, pid):
         asyncio.run(scrape(port, 1.0))
-        before = metrics(port)
+        before, began_s = metrics(port), cpu_s(pid)
         took_ms, size = asyncio.run(scrape(port, scrape_s))
+        scraped_ratio = (cpu_s(pid) - began_s) / scrape_s
         after = metrics(port)
-        ratios, lateness = lateness_windows(port, pairs, window_s)
+        ratios, lateness = lateness_windows(port, pid, pairs, window_s)
         costs = [publish_ms(place, ticks) for _ in range(3)]
     took_ms.sort()
     renders = after["kvpilot_page_renders_total"] - before["kvpilot_page_renders_total"]
@@ -300,6 +312,7 @@ def measure(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[s
         "renders": renders,
         "render_ms": 1e3 * (after[rendering] - before[rendering]) / max(1.0, renders),
         "page_kilobytes": size / 1e3,
+        "pilot_cpu_scraped_ratio": scraped_ratio,
         "ticks_missed_while_scraped": after["kvpilot_control_ticks_missed_total"]
         - before["kvpilot_control_ticks_missed_total"],
         **lateness,

@@ -162,17 +162,15 @@ class TenantMetrics:
         """What tenants hold in one rank, and what is counted of those that have a row there."""
         rows = list(rows)
         self._names.rank({row.name: row.kv_blocks + 1e-12 * row.tokens_total for row in rows})
-        for name, field in (
-            ("tenant_running", "running"),
-            ("tenant_waiting", "waiting"),
-            ("tenant_kv_blocks", "kv_blocks"),
-        ):
-            levels: dict[str, float] = {}
-            for row in rows:
-                label = self._names.label(row.name)
-                levels[label] = levels.get(label, 0) + getattr(row, field)
-            for label, value in levels.items():
-                sheet.add(name, value, label, rank=rank)
+        held: dict[str, tuple[int, int, int]] = {}
+        for row in rows:
+            label = self._names.label(row.name)
+            running, waiting, blocks = held.get(label, (0, 0, 0))
+            held[label] = (running + row.running, waiting + row.waiting, blocks + row.kv_blocks)
+        for label, (running, waiting, blocks) in held.items():
+            sheet.add("tenant_running", running, label, rank=rank)
+            sheet.add("tenant_waiting", waiting, label, rank=rank)
+            sheet.add("tenant_kv_blocks", blocks, label, rank=rank)
         self._count(
             sheet, "tenant_kv_block_seconds", {row.name: row.block_ns_total / NS for row in rows}, rank
         )

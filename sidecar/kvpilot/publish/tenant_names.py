@@ -8,8 +8,11 @@ stays there, and a tenant that gets a label of its own starts it with what it do
 import hashlib
 import re
 from collections.abc import Mapping
+from itertools import islice
 
 MOST_TENANTS = 20
+MOST_REMEMBERED = 2048
+"""Tenants whose count is remembered while they are away."""
 OTHER = "(other)"
 _PLAIN = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.@:/]{0,62}")
 
@@ -54,14 +57,16 @@ class Counted:
 
     def add(self, totals: Mapping[str, float], names: TenantNames) -> dict[str, float]:
         """`totals` by tenant, cumulative at the source; returned by label. A total that fell began anew."""
+        last, sums, live = self._last, self._totals, {OTHER}
         for name, total in totals.items():
-            before = self._last.get(name, 0.0)
-            grown = total - before if total >= before else total
+            # Put at the end: the tenants that were there last are those that are remembered.
+            before = last.pop(name, 0.0)
+            last[name] = total
             label = names.label(name)
-            self._totals[label] = self._totals.get(label, 0.0) + grown
-        self._last = dict(totals)
-        live = {names.label(name) for name in totals}
-        self._totals = {
-            label: total for label, total in self._totals.items() if label in live or label == OTHER
-        }
+            live.add(label)
+            sums[label] = sums.get(label, 0.0) + (total - before if total >= before else total)
+        for name in list(islice(last, max(0, len(last) - MOST_REMEMBERED))):
+            del last[name]
+        for label in sums.keys() - live:
+            del sums[label]
         return dict(self._totals)

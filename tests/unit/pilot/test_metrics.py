@@ -235,6 +235,14 @@ def test_counters_of_tenants_add_up_and_never_fall(steps: list[dict[str, int]]) 
         before = now
 
 
+def test_a_tenant_that_was_away_is_not_counted_again() -> None:
+    names, counted = TenantNames(), Counted()
+    names.rank({"a": 1, "b": 1})
+    counted.add({"a": 100, "b": 1}, names)
+    counted.add({"b": 2}, names)
+    assert counted.add({"a": 103, "b": 2}, names) == {"a": 3, "b": 2}
+
+
 def test_what_tenants_ask_of_the_valves(tmp_path: Path) -> None:
     world = World()
     world.start_engine()
