@@ -6,6 +6,7 @@ vLLM 0.32's.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kvpilot.policy.context import Slo as PolicySlo
 from kvpilot.score import Slo
@@ -27,6 +28,9 @@ class Deployment:
     speculative_tokens: int = 0
     max_running: int = 256
     admission_watermark: float = 1.0
+    admission: Literal["held", "ahead"] = "held"
+    """What the watermark is of: blocks in use, or what runs is predicted to hold at its peak (the reference
+    engine's own default)."""
     prefix_cache: bool = False
     classes: tuple[str, ...] = USUAL_CLASSES
     in_order: bool = True
