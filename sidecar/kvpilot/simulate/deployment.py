@@ -28,7 +28,7 @@ class Deployment:
     speculative_tokens: int = 0
     max_running: int = 256
     admission_watermark: float = 1.0
-    admission: Literal["held", "ahead"] = "held"
+    admission: Literal["predicted", "held"] = "held"
     """What the watermark is of: blocks in use, or what runs is predicted to hold at its peak (the reference
     engine's own default)."""
     prefix_cache: bool = False
