@@ -107,9 +107,12 @@ def build_engine(
     tree = None
     if deployment.prefix_cache:
         tree = PrefixTree(pool, deployment.block_size, deployment.name, salt=b"virtual")
-    scheduler = Scheduler(pool, deployment.block_size, len(deployment.classes), tree)
     limits = Limits(deployment.max_model_len, deployment.pool_tokens)
     lengths = LengthPredictor(limits.tokens)
+    ahead = lengths if deployment.admission == "predicted" else None
+    scheduler = Scheduler(pool, deployment.block_size, len(deployment.classes), tree, lengths=ahead)
+    if scheduler.peak is not None:
+        scheduler.peak.floor = deployment.admission_watermark
     started_ns = clock.monotonic_ns()
 
     def now_s() -> float:
@@ -163,6 +166,7 @@ def _hook(
         max_running=deployment.max_running,
         speculative_tokens=deployment.speculative_tokens,
         admission_watermark=deployment.admission_watermark,
+        admission=deployment.admission,
         classes=deployment.classes,
         prefix_cache=deployment.prefix_cache,
     )
