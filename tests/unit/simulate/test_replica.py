@@ -53,13 +53,15 @@ def one(
     piloted=st.booleans(),
     cached=st.booleans(),
     drafts=st.integers(0, 4),
+    admission=st.sampled_from(("held", "predicted")),
 )
 def test_every_arrival_ends_once_and_nothing_is_lost(
-    seed: int, per_s: float, blocks: int, piloted: bool, cached: bool, drafts: int
+    seed: int, per_s: float, blocks: int, piloted: bool, cached: bool, drafts: int, admission: str
 ) -> None:
     """Whatever the load, the pool and the policies: asserts inside the replica, sums outside."""
     coming = arrivals(seed, 4.0, per_s)
-    deployment = small(blocks=blocks, prefix_cache=cached, speculative_tokens=drafts)
+    sizes = {"blocks": blocks, "speculative_tokens": drafts}
+    deployment = small(prefix_cache=cached, admission=admission, **sizes)
     policies = load_policies(SHIPPED, CLASSES) if piloted else None
     replica = Replica(deployment, Linear(), PROMISES, policies)
     outcomes = replica.fly(coming, drain_s=5.0)
