@@ -132,6 +132,10 @@ def test_pool_and_scheduler_import_without_torch() -> None:
         "sched.scheduler",
         "sched.batch",
         "core",
+        "loop",
+        "telemetry",
+        "manifest",
+        "executor.virtual",
     )
     script = "import sys; sys.modules['torch'] = None\n" + "\n".join(f"import kvengine.{n}" for n in names)
     command = [sys.executable, "-c", script]
