@@ -1,4 +1,4 @@
-"""A stage and a browser for each file of tests, and a page for each test that fails on any error in it."""
+"""A stage, a browser and a page for each file of tests; any error in the page fails the test."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ import pytest
 from stage import Stage
 
 WIDTH, HEIGHT = 1280, 900
-FLOWN_S = 32.0
-"""Calm, and then twelve seconds of a burst: rules act, requests wait and are shed."""
+FLOWN_S = 15.0
+"""Calm, and then nine seconds of a burst: rules act, requests wait and are shed."""
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,18 @@ class Opened:
         page.wait_for_selector("#answer-state[data-level]")
 
 
-@pytest.fixture
-def opened(stage: Stage, browser) -> Iterator[Opened]:
+@pytest.fixture(scope="module")
+def shared(stage: Stage, browser) -> Iterator[Opened]:
     context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
     context.set_default_timeout(15_000)
-    opened = Opened(context.new_page(), stage.url)
-    yield opened
+    yield Opened(context.new_page(), stage.url)
     context.close()
+
+
+@pytest.fixture
+def opened(shared: Opened, stage: Stage) -> Iterator[Opened]:
+    """The one page that a file's tests share: each takes it as it is left."""
+    opened = shared
+    yield opened
     assert opened.errors == []
     assert all(url.startswith(stage.url) for url in opened.requests), "no request leaves the pilot"

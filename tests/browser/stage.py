@@ -34,7 +34,7 @@ from kvpilot.workload.arrival import Arrival  # noqa: E402
 PATIENCE_S = 20.0
 HOSTILE = "<img src=x onerror=alert(1)>"
 TENANTS = ("acme-search", "globex", "initech", "hooli", HOSTILE)
-CALM_S = 20.0
+CALM_S = 6.0
 
 
 def arrivals(seconds: float, calm_per_s: float, burst_per_s: float) -> list[Arrival]:
@@ -80,7 +80,15 @@ class Stage:
         asyncio.set_event_loop(self._loop)
         self._server = build_server(build_app(self.flight, self.world.clock, show=self.show))
         self._loop.run_until_complete(self._server.serve(sockets=[self._listener]))
+        self._loop.run_until_complete(self._hang_up())
         self._loop.close()
+
+    async def _hang_up(self) -> None:
+        """Browsers keep connections open, and open new ones while a server closes."""
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     def start(self) -> None:
         self._thread.start()

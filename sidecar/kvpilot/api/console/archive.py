@@ -33,7 +33,8 @@ class Archive:
     def __init__(self, flight: Flight) -> None:
         self._flight = flight
         self._one = asyncio.Lock()
-        self._waiting = 0
+        self._asked: dict[tuple[str, ...], asyncio.Task[bytes]] = {}
+        """By order: who asks for what somebody waits for already waits for the same answer."""
         self._kept: OrderedDict[tuple[str, ...], bytes] = OrderedDict()
 
     async def ask(self, what: str, start: str | None = None) -> bytes:
@@ -41,14 +42,19 @@ class Archive:
         order = (what, *self._arguments(what, start))
         if (kept := self._kept.get(order)) is not None:
             return kept
-        if self._waiting >= MOST_WAITING:
-            raise ArchiveError(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask at once: try again in a moment")
-        self._waiting += 1
+        if order not in self._asked:
+            if len(self._asked) >= MOST_WAITING:
+                raise ArchiveError(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask at once: try again soon")
+            self._asked[order] = asyncio.create_task(self._answer(order))
+        # Whoever goes away takes nobody else's answer along.
+        return await asyncio.shield(self._asked[order])
+
+    async def _answer(self, order: tuple[str, ...]) -> bytes:
         try:
             async with self._one:
                 answer = await self._child(order)
         finally:
-            self._waiting -= 1
+            del self._asked[order]
         self._keep(order, answer)
         return answer
 

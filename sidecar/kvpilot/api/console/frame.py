@@ -1,6 +1,5 @@
-"""One frame of the page: the status, and what the page shows beyond it, as JSON in bytes."""
+"""One frame of the page: the status, and what the page shows beyond it."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,10 +57,3 @@ def policies(loaded: PolicySet, good: bool) -> dict[str, Any]:
             for policy in loaded.policies
         ],
     }
-
-
-def encoded(value: Any) -> bytes:
-    """JSON on one line, as an event needs it."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(
-        errors="replace"
-    )

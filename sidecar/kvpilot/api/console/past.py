@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvpilot.api.console.frame import encoded
+from kvpilot.api.console.wire import encoded
 from kvpilot.clock import NS, SystemClock
 from kvpilot.incident.case import Case, IncidentError, open_kept
 from kvpilot.incident.export import page_json
@@ -25,7 +25,6 @@ from kvpilot.link.page import LinkError
 from kvpilot.link.place import LinkPlace
 from kvpilot.link.records import StepRecord
 from kvpilot.link.trust import trusted_uids
-from kvpilot.policy.testing import run_tests
 
 NICE = 10
 MOST_ROWS = 400
@@ -35,6 +34,9 @@ MOST_EVIDENCE = 8
 
 def tests_of(directory: Path) -> dict[str, Any]:
     """By policy: how many tests pass, and the names of those that fail."""
+    # Here, because it brings pydantic and CEL along, which the others can do without.
+    from kvpilot.policy.testing import run_tests
+
     report = run_tests([directory], SystemClock())
     found: dict[str, dict[str, Any]] = {}
     for result in report.results:

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 
-from kvpilot.api.console.frame import encoded, frame
+from kvpilot.api.console.frame import frame
 from kvpilot.api.console.history import History
 from kvpilot.api.console.stream import event
 from kvpilot.api.console.viewers import Viewers
+from kvpilot.api.console.wire import encoded
 from kvpilot.clock import NS, Clock
 from kvpilot.flight import Flight
 from kvpilot.publish.board import Board
