@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+from opened import Opened
 from stage import Stage
 
 WIDTH, HEIGHT = 1280, 900
@@ -32,21 +33,6 @@ def browser() -> Iterator[object]:
         )
         yield browser
         browser.close()
-
-
-class Opened:
-    """A page with the console, and everything that went wrong or went out while it was open."""
-
-    def __init__(self, page, url: str) -> None:
-        self.page = page
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))
-        page.goto(url)
-        page.wait_for_selector("#answer-state[data-level]")
 
 
 @pytest.fixture(scope="module")

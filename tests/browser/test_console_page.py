@@ -5,7 +5,7 @@ import shlex
 from statistics import median
 
 import pytest
-from conftest import Opened
+from opened import Opened
 from stage import HOSTILE, TENANTS, Stage
 
 from kvpilot.api.console.frame import frame
