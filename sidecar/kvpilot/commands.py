@@ -13,6 +13,7 @@ import typer
 from kvpilot import policy_commands, simulate_commands
 from kvpilot.calibrate import calibrate
 from kvpilot.plan import plan
+from kvpilot.top_command import top
 
 if TYPE_CHECKING:
     from kvpilot.whereabouts import Whereabouts
@@ -76,6 +77,7 @@ app.command()(policy_commands.knobs)
 app.command()(plan)
 app.command()(simulate_commands.simulate)
 app.command()(calibrate)
+app.command()(top)
 
 
 @app.command()
