@@ -22,6 +22,7 @@ from typing import Any
 
 from frame import Bar, run
 
+from kvpilot.link.controls import Scope
 from kvpilot.policy.load import load_text
 from kvpilot.policy.rules import PolicySet
 from kvpilot.policy_directory import shipped as shipped_policies
@@ -121,7 +122,7 @@ def _watch(flown: Replica, at: "Counter[int]") -> None:
         tick()
         shown = cockpit.pilot.board.tick
         if shown is not None and shown.context is not None:
-            at[round(shown.context.values.get("speculative_tokens", -1))] += 1
+            at[round(shown.context.values.get(("speculative_tokens", Scope()), -1))] += 1
 
     cockpit.tick = noted  # type: ignore[method-assign]
 

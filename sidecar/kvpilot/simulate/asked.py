@@ -66,7 +66,9 @@ def of_traces(
     shared = any(one.prefix for one in offered)
     scene = Scene(
         deployment_on(machine, speculative_tokens=drafts, prefix_cache=shared),
-        partial(machine.plant, NOISE, seed) if plant is None else partial(Fitted, read(plant), seed),
+        partial(machine.plant, NOISE, seed=seed)
+        if plant is None
+        else partial(Fitted, read(plant), seed=seed),
         USUAL_PROMISES,
         prompt=token_ids if shared else plain_prompt,
     )
@@ -89,7 +91,7 @@ def of_scenario(scenario: Scenario, machine: Machine, policies: Path, settings: 
         made = replace(made, patience=patience)
     scene = Scene(
         deployment,
-        partial(machine.plant, settings.machine.noise, seed, score_bytes),
+        partial(machine.plant, settings.machine.noise, seed=seed, score_bytes=score_bytes),
         made,
         scenario.acceptance or settings.acceptance.process,
         token_ids if shared else plain_prompt,

@@ -29,10 +29,12 @@ DRAIN_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What every leg of a comparison has in common. `plant` makes a new one for each leg, all alike."""
+    """What every leg of a comparison has in common. `plant` makes a new one for each leg, all alike; with
+    `seed=`, one with dice of its own.
+    """
 
     deployment: Deployment
-    plant: Callable[[], Plant]
+    plant: Callable[..., Plant]
     promises: Promises = USUAL_PROMISES
     acceptance: Acceptance = field(default_factory=lambda: Fixed(0.7))
     prompt: Callable[[Arrival], list[int]] = plain_prompt

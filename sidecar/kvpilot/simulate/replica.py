@@ -124,9 +124,13 @@ class Replica:
             self.offer(arrival)
             last_s = arrival.at_s
         self.fly_to(last_s)
-        while self._open and self.now_s < last_s + drain_s:
-            self._turn(last_s + drain_s)
+        self.drain(last_s + drain_s)
         return self.land()
+
+    def drain(self, until_s: float) -> None:
+        """Until everybody has an outcome, at most until that second of the run."""
+        while self._open and self.now_s < until_s:
+            self._turn(until_s)
 
     @property
     def _open(self) -> int:

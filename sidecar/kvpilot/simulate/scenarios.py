@@ -16,7 +16,7 @@ from kvpilot.workload.spec import Part, Spell, Workload
 
 Against = Literal["nothing", "defaults", "best_static", "unharmed"]
 """What a bound is a ratio to: itself, other legs of the scenario, or the pilot's leg without the faults."""
-Balancer = Literal["round_robin", "least_kv", "by_tenant"]
+Balancer = Literal["round_robin", "least_kv", "prefix_affine", "by_tenant"]
 METRICS = (
     *("goodput_work", "tokens_per_s", "oom", "failed", "preemptions", "kv_occupancy_max", "ttft_p95_s"),
     *("recovery_s", "reversals_per_min", "worst_tenant", "worst_rank", "worst_actions_during_fault"),

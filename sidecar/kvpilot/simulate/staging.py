@@ -57,7 +57,7 @@ def stage(settings: Settings, entry: Entry, seed: int, traces: Path | None = Non
         )
     scene = Scene(
         deployment,
-        partial(machine.plant, settings.machine.noise, seed),
+        partial(machine.plant, settings.machine.noise, seed=seed),
         promises(settings, of, entry),
         (entry.acceptance or settings.acceptance).process,
         prompt=token_ids if shared else plain_prompt,
