@@ -46,6 +46,7 @@ RANKS, TENANTS, CLASSES = 8, 50, ("batch", "interactive")
 CLIENTS, VIEWERS, PER_S = 10, 20, 2.0
 STEP_S = 0.05
 PATIENCE_S = 30.0
+SCRAPE_WINDOWS = 3
 FIELDS = tuple(name for name in STEP_FIELDS if not name.startswith(("knob.", "controls_", "host_")))
 ENGINE = "bench"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -127,9 +128,10 @@ def lab() -> Iterator[tuple[int, LinkPlace, int]]:
         }
         (folder / "kvpilot.yaml").write_text(json.dumps(config))
         command = [sys.executable, "-m", "kvpilot", "run", "--config", str(folder / "kvpilot.yaml")]
-        pilot = subprocess.Popen(command, env=whole, stderr=subprocess.DEVNULL)
+        with (folder / "pilot.log").open("wb") as log:
+            pilot = subprocess.Popen(command, env=whole, stderr=log)
         try:
-            _await_ranks(port)
+            _await_ranks(port, pilot, folder / "pilot.log")
             yield port, LinkPlace(folder / "t", folder / "c", ENGINE, trusted_uids(environ)), pilot.pid
         finally:
             for child in (pilot, ranks):
@@ -137,10 +139,10 @@ def lab() -> Iterator[tuple[int, LinkPlace, int]]:
                 child.wait(PATIENCE_S)
 
 
-def _await_ranks(port: int) -> None:
+def _await_ranks(port: int, pilot: subprocess.Popen[bytes], log: Path) -> None:
     """Until the page shows all of them."""
     deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and pilot.poll() is None:
         try:
             text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
         except httpx.HTTPError:
@@ -148,7 +150,7 @@ def _await_ranks(port: int) -> None:
         if text.count("kvpilot_requests_running{") == RANKS:
             return
         time.sleep(0.2)
-    raise SystemExit("the pilot did not show all ranks")
+    raise SystemExit(f"the pilot did not show all ranks; its log ends: {log.read_text()[-2000:]}")
 
 
 async def scrape(port: int, seconds: float) -> tuple[list[float], int]:
@@ -282,18 +284,23 @@ def publish_ms(place: LinkPlace, ticks: int) -> float:
     return 1e3 * (spent_s - plain_s) / ticks
 
 
+def _p99(values: list[float]) -> float:
+    return sorted(values)[int(0.99 * len(values))]
+
+
 def measure(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any], list[Bar]]:
     quick = arguments.quick
-    scrape_s, pairs, window_s, ticks = (6.0, 3, 4.0, 200) if quick else (20.0, 5, 10.0, 600)
+    scrape_s, pairs, window_s, ticks = (2.5, 4, 3.0, 200) if quick else (10.0, 7, 8.0, 600)
     with lab() as (port, place, pid):
         asyncio.run(scrape(port, 1.0))
         before, began_s = metrics(port), cpu_s(pid)
-        took_ms, size = asyncio.run(scrape(port, scrape_s))
-        scraped_ratio = (cpu_s(pid) - began_s) / scrape_s
+        scraped = [asyncio.run(scrape(port, scrape_s)) for _ in range(SCRAPE_WINDOWS)]
+        scraped_ratio = (cpu_s(pid) - began_s) / scrape_s / SCRAPE_WINDOWS
         after = metrics(port)
         ratios, lateness = lateness_windows(port, pid, pairs, window_s)
         costs = [publish_ms(place, ticks) for _ in range(3)]
-    took_ms.sort()
+    took_ms = sorted(each for window, _ in scraped for each in window)
+    size = scraped[-1][1]
     renders = after["kvpilot_page_renders_total"] - before["kvpilot_page_renders_total"]
     rendering = "kvpilot_page_render_duration_seconds_sum"
     settings = {
@@ -302,7 +309,7 @@ def measure(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[s
         "classes": len(CLASSES),
         "scrapers": CLIENTS,
         "viewers": VIEWERS,
-        "scrape_s": scrape_s,
+        "scrape_s": scrape_s * SCRAPE_WINDOWS,
         "windows": pairs,
         "window_s": window_s,
     }
@@ -318,7 +325,7 @@ def measure(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[s
         **lateness,
     }
     bars = [
-        Bar("scrape_p99_ms", took_ms[int(0.99 * len(took_ms))], at_most=20.0),
+        median_bar("scrape_p99_ms", [_p99(window) for window, _ in scraped], at_most=20.0),
         median_bar("publish_ms_per_tick", costs, at_most=0.5),
         median_bar("lateness_with_20_viewers_ratio", ratios, at_most=1.2),
     ]
