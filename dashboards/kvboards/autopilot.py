@@ -25,7 +25,11 @@ _STATES = " or ".join(
     for number, state in ((1, "pending"), (2, "active"), (3, "leaving"))
 )
 
-_STIRRED = f'max by (policy, rule) (kvpilot_rule_state{{{SELECT}, state!="inactive"}})'
+_STIRRED = (
+    "max by (policy, rule) "
+    f'(max_over_time(kvpilot_rule_state{{{SELECT}, state!="inactive"}}[$__range] @ end()))'
+)
+"""`@ end()`: the whole of the time shown, at each of its points, and worked out once."""
 
 KNOBS = Row(
     "Knobs",
@@ -86,8 +90,7 @@ RULES = Row(
             "The state of each rule that left `inactive` within the time shown.",
             (
                 Query(
-                    f"max by (policy, rule) ({_STATES}) and on (policy, rule) "
-                    f"(max_over_time(({_STIRRED})[$__range:]) > 0)",
+                    f"max by (policy, rule) ({_STATES}) and on (policy, rule) ({_STIRRED} > 0)",
                     "{{policy}} / {{rule}}",
                 ),
             ),

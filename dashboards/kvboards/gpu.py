@@ -1,7 +1,7 @@
 """GPU: who holds its memory, what part nobody can explain, and what its driver complains of."""
 
 from kvboards.board import SELECT, Board, Row, Variable
-from kvboards.palette import BAD, CAUTION, GOOD, HELD, MEASURED, REFERENCE, REST
+from kvboards.palette import BAD, CAUTION, GOOD, HELD, MEASURED, OTHERS, REFERENCE, REST
 from kvboards.panels import Panel, Query
 
 GPU = f'{SELECT}, gpu=~"$gpu"'
@@ -10,8 +10,8 @@ _PARTS = (
     ("weights", HELD, 80),
     ("kv", MEASURED, 65),
     ("activations", GOOD, 65),
-    ("context", HELD, 35),
-    ("others", REFERENCE, 50),
+    ("context", REFERENCE, 50),
+    ("others", OTHERS, 60),
     ("fragmentation", CAUTION, 80),
     ("unexplained", BAD, 90),
 )
@@ -131,7 +131,7 @@ HEALTH = Row(
             (
                 Query(
                     f"max by (reason) (kvpilot_gpu_throttle{{{GPU}}}) and on (reason) "
-                    f"(max_over_time((max by (reason) (kvpilot_gpu_throttle{{{GPU}}}))[$__range:]) > 0)",
+                    f"(max by (reason) (max_over_time(kvpilot_gpu_throttle{{{GPU}}}[$__range] @ end())) > 0)",
                     "{{reason}}",
                 ),
             ),

@@ -70,7 +70,6 @@ FLOWN = (
     "engine-alerts",
     "itl-guard-blind",
     "kv-shedder",
-    "spec-economics",
     "thrash-escape",
 )
 """Policies that move knobs for a reason, not every tick: else no change can be told from others."""

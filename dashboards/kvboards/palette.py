@@ -27,6 +27,8 @@ SHADOW = "#CC79A7"
 REFERENCE = "#9A9A9A"
 """Grey: baselines, limits, targets, and what is free or at rest."""
 
+OTHERS = "#D9D9D9"
+"""Light grey: what is somebody else's."""
 REST = "#3A3A3A"
 """Near black: a state in which nothing happens."""
 
@@ -39,4 +41,5 @@ MEANINGS = {
     "forecast, expected": EXPECTED,
     "shadow": SHADOW,
     "baseline, target, free": REFERENCE,
+    "somebody else's": OTHERS,
 }

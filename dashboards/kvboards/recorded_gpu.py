@@ -28,6 +28,7 @@ class Lively(RecordedNvml):
         super().__init__()
         self._used = ENGINE_BYTES + CONTEXT_BYTES
         self._rng = random.Random("gpu")
+        self._looks = 0
 
     def _nvmlDeviceGetMemoryInfo(self, handle: str, version: int | None = None) -> Any:
         self._used += LEAK_BYTES
@@ -41,7 +42,8 @@ class Lively(RecordedNvml):
         return SimpleNamespace(gpu=self._rng.randint(80, 100), memory=self._rng.randint(45, 65))
 
     def _nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
-        return self._rng.choice((0x0, 0x0, 0x4))
+        self._looks += 1
+        return 0x4 if self._looks % 6 in (1, 2) else 0x0
 
 
 if __name__ == "__main__":
