@@ -13,6 +13,7 @@ sends what `Step` holds wherever it should go. O(slices of the step).
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,6 +89,8 @@ class Core:
         self.totals = Totals()
         self.requests: dict[int, Request] = {}
         """Waiting, running, or a fork of one whose prompt is still to be computed; by id."""
+        self.on_end: Callable[[Request, str, int], None] | None = None
+        """Told of each request that ends, how (as `kvpilot.link.requests` calls it) and when."""
         self._executor = executor
         self._limits = limits
         self._eos = eos
@@ -122,6 +125,7 @@ class Core:
         """Its client went away. Nothing happens if it has ended already: the two crossed."""
         for request in self._company(request_id):
             self.totals.cancelled += 1
+            self._tell_end(request, "cancelled")
             self._forget(request)
 
     def stop(self, request_id: int) -> None:
@@ -206,6 +210,8 @@ class Core:
         first = request.last_emitted_ns == 0
         since_ns = step.ended_ns - (request.arrived_ns if first else request.last_emitted_ns)
         request.last_emitted_ns = step.ended_ns
+        if first:
+            request.first_emitted_ns = step.ended_ns
         step.emissions.append(Emission(request, tokens, since_ns, first, finish))
         if finish is not None:
             self._finish(request)
@@ -230,6 +236,7 @@ class Core:
             family = family if group is None else group.family
             for request in family:
                 self.totals.failed += 1
+                self._tell_end(request, "failed")
                 step.failures.append(Failure(request, status, message))
                 del self.requests[request.id]
             if group is None:
@@ -251,8 +258,13 @@ class Core:
 
     def _finish(self, request: Request) -> None:
         self.totals.finished += 1
+        self._tell_end(request, "finished")
         self._lengths.observe(request.output_count, request.tenant or "")
         self._forget(request)
+
+    def _tell_end(self, request: Request, how: str) -> None:
+        if self.on_end is not None:
+            self.on_end(request, how, self._clock.monotonic_ns())
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.id]

@@ -12,6 +12,7 @@ from kvengine.kv.plan import Plan
 from kvpilot.knobs import KNOBS
 from kvpilot.link.fields import KV_BITS, STEP_FIELDS
 from kvpilot.link.manifest import Manifest, ManifestKnob
+from kvpilot.link.requests import REQUEST_COLUMNS, REQUEST_RECORDS
 
 AT_STEP = "at the next step boundary"
 
@@ -35,6 +36,7 @@ def build_manifest(
     activation_bytes_per_token: int,
     device: str,
     device_uuids: tuple[str, ...] = (),
+    request_records: int = REQUEST_RECORDS,
 ) -> Manifest:
     """The manifest of an engine that runs `config` in the memory of `plan`."""
     widest, *narrower = config.precisions.offered
@@ -95,6 +97,8 @@ def build_manifest(
         device_uuids=device_uuids,
         weights_bytes=plan.resident_bytes,
         tenant_columns=TENANT_COLUMNS if cached else (),
+        request_columns=REQUEST_COLUMNS if request_records else (),
+        request_records=request_records,
         unsupported_knobs=lacking,
         unsupported_signals=_unsupported(cached, device, [one.bits for one in config.precisions.offered]),
     )

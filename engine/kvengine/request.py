@@ -102,8 +102,9 @@ class Request:
     preemptions: int = 0
     first_scheduled_ns: int = 0
     """0 until first admitted."""
+    first_emitted_ns: int = 0
     last_emitted_ns: int = 0
-    """0 until the first token."""
+    """Both are 0 until the first token."""
     logprob: float = 0.0
     """Of all that was emitted, if its sampling asks for a score."""
 

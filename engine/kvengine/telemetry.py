@@ -6,6 +6,7 @@ the engine falls idle. O(emissions) a step, O(requests) a scan, and memory for a
 nothing.
 """
 
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
@@ -18,6 +19,7 @@ from kvengine.sched.scheduler import Knobs, Scheduler
 from kvpilot.inside.hook import StepHook
 from kvpilot.inside.lengths import LengthPredictor
 from kvpilot.link.fields import HORIZONS, QUANTILES
+from kvpilot.link.requests import EndedRequest, prefix_hashes
 from kvpilot.link.telemetry import TenantRow
 from kvpilot.link.telemetry_page import MAX_TENANTS
 
@@ -60,6 +62,9 @@ class Telemetry:
         self._tenant_tokens: Counter[str] = Counter()
         self._tenant_prefix: dict[str, tuple[int, int]] = {}
         self._tenants_at_ns = 0
+        self._prefix_salt = secrets.token_bytes(16)
+        if hook.enabled:
+            core.on_end = self._show_request
 
     def knobs(self, now_ns: int) -> Knobs:
         """The values in force at this step boundary."""
@@ -138,6 +143,27 @@ class Telemetry:
             record, gap_ns = hook.itl[request.klass].record, emission.since_ns // count
             for _ in range(count):
                 record(gap_ns)
+
+    def _show_request(self, request: Request, how: str, now_ns: int) -> None:
+        """Lengths and times of one that ended: recordings of arrivals are made of them."""
+        scheduler, tenant = self._core.scheduler, request.tenant or ""
+        prefix: tuple[int, ...] = ()
+        if scheduler.tables.tree is not None:
+            prefix = prefix_hashes(request.prompt, scheduler.block_size, self._prefix_salt, tenant)
+        self._hook.end_request(
+            EndedRequest(
+                tenant,
+                request.arrived_ns,
+                request.first_emitted_ns,
+                request.last_emitted_ns if how == "finished" else now_ns,
+                request.klass,
+                len(request.prompt),
+                request.output_count,
+                how,
+                request.preemptions,
+                prefix,
+            )
+        )
 
     def _show_queues(self) -> None:
         waiting = self._core.scheduler.waiting

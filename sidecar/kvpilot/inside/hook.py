@@ -34,6 +34,7 @@ from kvpilot.link.manifest import Manifest, ManifestKnob
 from kvpilot.link.page import LinkError
 from kvpilot.link.place import ENGINE_CONTROLS, LinkPlace
 from kvpilot.link.records import PackedStep
+from kvpilot.link.requests import EndedRequest
 from kvpilot.link.telemetry import TelemetryWriter, TenantRow
 from kvpilot.link.telemetry_page import MAX_CLASSES
 
@@ -286,6 +287,11 @@ class StepHook:
         """What the manifest's `tenant_columns` count of a tenant that has a row."""
         if self._telemetry:
             self._guarded(self._telemetry.set_tenant_counts, name, values)
+
+    def end_request(self, request: EndedRequest) -> None:
+        """One that has ended, where the manifest has `request_columns`."""
+        if self._telemetry:
+            self._guarded(self._telemetry.add_request, request)
 
     def disable_knob(self, name: str) -> None:
         """The engine cannot move this knob after all: its baseline is in force, leases on it are ignored."""

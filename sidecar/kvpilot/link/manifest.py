@@ -11,7 +11,7 @@ from typing import Any
 from kvpilot.link.fields import Field
 
 MANIFEST_MAX_BYTES = 32_768
-_LEFT_OUT = ("device_uuids", "weights_bytes", "tenant_columns")
+_LEFT_OUT = ("device_uuids", "weights_bytes", "tenant_columns", "request_columns", "request_records")
 """Not written where an engine does not tell."""
 
 
@@ -80,6 +80,10 @@ class Manifest:
     """Device memory of weights and buffers that stay."""
     tenant_columns: tuple[str, ...] = ()
     """What the page's sixth section counts by tenant, beside the rows of tenants; empty: no such section."""
+    request_columns: tuple[str, ...] = ()
+    """What the page's ring of ended requests holds of each, beside its tenant; empty: no such ring."""
+    request_records: int = 0
+    """How many that ring holds."""
     latency_measured_at: str = "engine"
     """`engine` (step) or `frontend`: where TTFT and ITL are taken; never mixed."""
     unsupported_knobs: dict[str, str] = field(default_factory=dict)
@@ -110,6 +114,8 @@ class Manifest:
             )
             known["classes"] = tuple(raw.get("classes", ()))
             known["tenant_columns"] = tuple(map(str, raw.get("tenant_columns", ())))
+            known["request_columns"] = tuple(map(str, raw.get("request_columns", ())))
+            known["request_records"] = int(raw.get("request_records", 0))
             known["device_uuids"] = tuple(map(str, raw.get("device_uuids", ())))
             return cls(**known)
         except ManifestError:

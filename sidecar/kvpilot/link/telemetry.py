@@ -23,6 +23,7 @@ from kvpilot.link.histogram import (
 from kvpilot.link.manifest import MANIFEST_MAX_BYTES, Manifest
 from kvpilot.link.page import HEADER_BYTES, Identity, LinkError, PageHeader
 from kvpilot.link.records import Frame, FrameWriter, PackedStep, StepLayout, StepRecord
+from kvpilot.link.requests import MOST_COLUMNS, EndedRequest, ended_request, request_frame, ring_bytes
 from kvpilot.link.telemetry_page import (
     CLASS_FRAME,
     HEAD_BYTES,
@@ -87,6 +88,10 @@ class TelemetryWriter:
         self._tenant_sequences = [0] * MAX_TENANTS
         counts = counts_frame(manifest.tenant_columns)
         self._counts, self._counts_words = FrameWriter(counts, self._words), counts.words
+        self._requests = request_frame(manifest.request_columns)
+        self._request_records = manifest.request_records
+        self._request_writer = FrameWriter(self._requests, self._words)
+        self._request_sequence = 0
         self._histograms = {
             (name, level): HistogramWriter(self._words, self._histogram_word(name, level))
             for name in PER_CLASS
@@ -180,6 +185,18 @@ class TelemetryWriter:
         self._counts.write(word, self._tenant_sequences[slot], name.encode()[:TENANT_NAME_BYTES], *values)
         return True
 
+    def add_request(self, request: EndedRequest) -> None:
+        """One that has ended; nothing where the manifest has no columns for it."""
+        if not self._request_records:
+            return
+        self._bind_thread()
+        slot = self._request_sequence % self._request_records
+        self._request_sequence += 1
+        word = (self._plan.requests + HEAD_BYTES) // WORD + slot * self._requests.words
+        tenant = request.tenant.encode()[:TENANT_NAME_BYTES]
+        self._request_writer.write(word, self._request_sequence, tenant, *request.values)
+        self._words[self._plan.requests // WORD] = self._request_sequence
+
     def _tenant_slot(self, name: str) -> int | None:
         """The tenant's row: its own, a free one, or that of one which holds nothing."""
         slot = self._tenant_rows.get(name)
@@ -244,6 +261,8 @@ class TelemetryReader:
         counts_bytes = MAX_TENANTS * counts_frame(self.manifest.tenant_columns).size
         if self._counts and not HEADER_BYTES <= self._counts <= header.page_bytes - counts_bytes:
             raise LinkError("damaged kvpilot telemetry page: its sections do not lie inside it")
+        self._requests = self._request_ring(header)
+        self._last_request = 0
         self.nonce = header.nonce
         self.identity = header.identity
         self.start_wall_ns = header.identity.start_wall_ns
@@ -253,6 +272,35 @@ class TelemetryReader:
         self._last = 0
         self.skipped = 0
         """Records that were overwritten, torn or beyond `limit` before they could be read."""
+
+    def _request_ring(self, header: PageHeader) -> int:
+        """Where it begins; 0 without one."""
+        columns, records = self.manifest.request_columns, self.manifest.request_records
+        if not records or not columns or len(columns) > MOST_COLUMNS:
+            return 0
+        begin = header.page_bytes - ring_bytes(columns, records)
+        if records < 0 or begin < max(header.sections):
+            raise LinkError("damaged kvpilot telemetry page: its ring of requests does not lie inside it")
+        return begin
+
+    def requests(self, limit: int = POLL_RECORDS) -> list[EndedRequest]:
+        """Requests that have ended since the last call, oldest first: the newest `limit` of them at most;
+        empty where the engine tells of none.
+        """
+        if not self._requests:
+            return []
+        raw = self._read_at(self._requests, WORD)
+        head = _U64.unpack(raw)[0] if len(raw) == WORD else 0
+        columns, records = self.manifest.request_columns, self.manifest.request_records
+        first = max(self._last_request + 1, head - min(limit, records) + 1)
+        frame, found = request_frame(columns), []
+        for sequence in range(first, head + 1):
+            slot = (sequence - 1) % records
+            row = frame.unpack(self._read_at(self._requests + HEAD_BYTES + slot * frame.size, frame.size))
+            if row is not None and row[0] == sequence:
+                found.append(ended_request(row[1], dict(zip(columns, row[2:], strict=True))))
+        self._last_request = max(head, self._last_request)
+        return found
 
     def poll(self, limit: int = POLL_RECORDS) -> list[StepRecord]:
         """Whole records newer than the last poll's, oldest first: the newest `limit` of them at most."""

@@ -2,6 +2,7 @@
 
     header | manifest JSON | ring: two words, records | histograms | class rows | tenant rows | ending
            | tenant counts, where the manifest has columns for them
+           | ended requests, where it has columns for those
 
 Everything is planned from the manifest, so writer and reader agree by construction; the header repeats the
 offsets for readers that are not ours. Sections start at cache lines.
@@ -16,6 +17,7 @@ from kvpilot.link.histogram import HISTOGRAM_WORDS, ONE, PER_CLASS
 from kvpilot.link.manifest import MANIFEST_MAX_BYTES, Manifest
 from kvpilot.link.page import HEADER_BYTES, LinkError
 from kvpilot.link.records import Frame, StepLayout
+from kvpilot.link.requests import MOST_COLUMNS, ring_bytes
 
 RING_RECORDS = 16_384
 PAGE_MAX_BYTES = 16 << 20
@@ -73,6 +75,8 @@ class TelemetryPlan:
     ending: int
     counts: int
     """0 where there are none."""
+    requests: int
+    """0 where there are none."""
     page_bytes: int
 
 
@@ -95,9 +99,15 @@ def plan_page(manifest: Manifest, record_count: int = RING_RECORDS) -> Telemetry
     counts = end if manifest.tenant_columns else 0
     if counts:
         end = _aligned(counts + MAX_TENANTS * counts_frame(manifest.tenant_columns).size)
+    if len(manifest.request_columns) > MOST_COLUMNS:
+        raise LinkError(f"{len(manifest.request_columns)} columns of requests: at most {MOST_COLUMNS}")
+    requests = end if manifest.request_records else 0
+    if requests:
+        end += ring_bytes(manifest.request_columns, manifest.request_records)
     if end > PAGE_MAX_BYTES:
         raise LinkError(f"{len(layout.names)} fields need {end} bytes: a page holds at most {PAGE_MAX_BYTES}")
-    return TelemetryPlan(body, layout, record_count, ring, histograms, classes, tenants, ending, counts, end)
+    sections = (ring, histograms, classes, tenants, ending, counts, requests)
+    return TelemetryPlan(body, layout, record_count, *sections, end)
 
 
 def counts_frame(columns: Sequence[str]) -> Frame:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 RING_RECORDS = 64
 """More than a pilot reads at one look."""
+REQUEST_RECORDS = 1_024
+"""More than end in a tick."""
 
 Domain = Callable[[int], str]
 """What a request, by its id, is about."""
@@ -92,8 +94,11 @@ def build_engine(
     domain: Domain,
     piloted: bool = True,
     faults: Sequence[Fault] = (),
+    requests: bool = False,
 ) -> VirtualEngine:
-    """Put it together. Without a pilot nobody reads telemetry, and none is written."""
+    """Put it together. Without a pilot nobody reads telemetry, and none is written; `requests`: whether it
+    tells of each one that ends, as recordings need it.
+    """
     from kvengine.core import Core
     from kvengine.executor.virtual import VirtualExecutor
     from kvengine.kv.pool import BlockPool
@@ -130,7 +135,7 @@ def build_engine(
     executor: Any = VirtualExecutor(step_seconds, spend, accepts, _memory(deployment, plant, faults, now_s))
     core = Core(scheduler, executor, limits, frozenset(), lengths, clock)
     conservation = Conservation(core, deployment)
-    hook, page = _hook(deployment, core, executor, lengths, controls, piloted)
+    hook, page = _hook(deployment, core, executor, lengths, controls, piloted, requests)
     loop = EngineLoop(core, Telemetry(core, executor, lengths, hook), wire, clock)
     return VirtualEngine(loop, core, executor, page, conservation)
 
@@ -149,6 +154,7 @@ def _hook(
     lengths: LengthPredictor,
     controls: bytearray,
     piloted: bool,
+    requests: bool,
 ) -> tuple[StepHook, MemoryPage]:
     from kvengine.config import EngineConfig
     from kvengine.kv.plan import Plan
@@ -186,6 +192,7 @@ def _hook(
         max_model_len=deployment.max_model_len,
         activation_bytes_per_token=deployment.activation_bytes_per_token,
         device="virtual",
+        request_records=REQUEST_RECORDS if requests else 0,
     )
     if not piloted:
         return StepHook(described), MemoryPage(bytearray(0), "telemetry", alive=False)

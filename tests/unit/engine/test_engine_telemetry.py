@@ -463,3 +463,22 @@ def test_a_lease_evicts_of_those_who_opted_in_and_the_record_counts_it() -> None
     assert asked.evicted == 20
     knob = next(knob for knob in flight.manifest.knobs if knob.name == "kv_kept_ratio")
     assert (knob.minimum, knob.maximum, knob.baseline) == (0.05, 1.0, 1.0)
+
+
+def test_each_request_that_ends_is_told_once_with_lengths_and_times_and_no_text() -> None:
+    flight = Flight(cached=True)
+    flight.arrive(1, prompt=9, output=2, klass=0, tenant="acme")
+    flight.arrive(2, prompt=9, output=50)
+    flight.step()
+    flight.step()
+    flight.core.cancel(2)
+    flight.arrive(3, prompt=6, output=4)
+    flight.error = DeviceOutOfMemory("full")
+    flight.step()
+    done, gone, failed = flight.reader.requests()
+    assert (done.tenant, done.prompt_tokens, done.output_tokens, done.fate) == ("acme", 9, 2, "finished")
+    assert done.ended_ns - done.first_ns == done.first_ns - done.received_ns == STEP_NS
+    assert len(done.prefix) == 2
+    assert (gone.fate, gone.prompt_tokens, gone.output_tokens > 0) == ("cancelled", 9, True)
+    assert (failed.fate, failed.first_ns, failed.output_tokens) == ("failed", 0, 0)
+    assert flight.reader.requests() == []
