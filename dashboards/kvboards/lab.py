@@ -83,6 +83,7 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clock = SystemClock()
+        self._http = httpx.AsyncClient(timeout=10.0, trust_env=False)
         self.engine_port, self.pilot_port, self.prometheus_port = free_port(), free_port(), free_port()
         self.environ = {
             ENVIRON_TELEMETRY: str(folder / "telemetry"),
@@ -172,9 +173,12 @@ class Lab:
 
     async def query(self, path: str, **parameters: Any) -> dict[str, Any]:
         """One call of Prometheus's HTTP API. Raises httpx.HTTPError; an error answer is returned as it is."""
-        async with httpx.AsyncClient(timeout=10.0, trust_env=False) as http:
-            answer: dict[str, Any] = (await http.get(f"{self.url}/api/v1/{path}", params=parameters)).json()
+        answer: dict[str, Any] = (await self._http.get(f"{self.url}/api/v1/{path}", params=parameters)).json()
         return answer
+
+    async def close(self) -> None:
+        """Hang up on Prometheus."""
+        await self._http.aclose()
 
 
 @contextlib.asynccontextmanager
@@ -191,6 +195,7 @@ async def flying(folder: Path) -> AsyncIterator[Lab]:
         prometheus = await _prometheus(lab)
         yield lab
     finally:
+        await lab.close()
         if prometheus is not None and prometheus.returncode is None:
             prometheus.terminate()
             await prometheus.wait()
