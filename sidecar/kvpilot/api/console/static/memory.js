@@ -55,8 +55,8 @@ function divide(memory) {
   // Sharers of one block each count it: the map shows every block once.
   const scale = sum > memory.held ? memory.held / sum : 1;
   found.forEach((part) => { part.drawn = part.blocks * scale; });
-  if (memory.unattributed) add(memory.tenants.length ? "Not attributed" : "Held", memory.tenants.length ? "rest" : "held", memory.unattributed);
-  if (memory.cached !== null) add("Cached, reclaimable", "cached", memory.cached);
+  if (memory.unattributed) add(memory.tenants.length ? "Unattributed" : "Held", memory.tenants.length ? "rest" : "held", memory.unattributed);
+  if (memory.cached !== null) add("Cached", "cached", memory.cached);
   add("Free", "free", memory.free);
   return found.map((part) => ({ drawn: part.blocks, ...part }));
 }
