@@ -191,6 +191,20 @@ def test_all_that_can_be_worked_has_a_name_and_comes_in_order(opened: Opened) ->
     assert positive.count() == 0
 
 
+def test_without_an_engine_the_page_says_what_it_waits_for(tmp_path, browser) -> None:
+    stage = Stage(tmp_path)
+    stage.world.pages.engines.clear()
+    stage.start()
+    stage.do(stage.world.pilot.tick)
+    opened = Opened(browser.new_page(), stage.url)
+    assert text(opened, "#answer-state .title") == "No engine yet"
+    assert "waiting for" in text(opened, "#answer-state")
+    assert "KNOB=VALUE" in text(opened, "#command-override")
+    opened.page.close()
+    stage.stop()
+    assert opened.errors == []
+
+
 def test_a_pilot_that_is_gone_is_said_so_and_leases_count_down(tmp_path, browser) -> None:
     stage = Stage(tmp_path)
     stage.start()

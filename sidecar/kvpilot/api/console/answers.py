@@ -77,8 +77,10 @@ def _alert_lines(status: Status) -> list[str]:
 def _load(status: Status) -> str:
     signals = status["signals"]
     parts = []
+    memory = status["memory"]
+    if "missing" not in memory:
+        parts.append(f"KV memory {memory['held'] / memory['blocks']:.0%} held")
     for name, form in (
-        ("kv_occupancy", "KV memory {:.0%} in use"),
         ("requests_running", "{:.0f} running"),
         ("requests_waiting", "{:.0f} waiting"),
         ("decode_tokens", "{:,.0f} tokens/s"),

@@ -19,15 +19,14 @@ def frame(flight: Flight) -> dict[str, Any]:
     slo = slo_by_class(flight)
     tick = flight.pilot.board.tick
     shown["slo"] = slo
-    shown["policies"] = policies(flight.pilot.policies, flight.directory.good)
-    shown["answers"] = answers(shown, slo)
     shown["memory"] = (
         memory(tick.sight, flight.pilot.engine.tenants()) if tick is not None else {"missing": "no tick yet"}
     )
+    shown["policies"] = policies(flight.pilot.policies, flight.directory.good)
+    shown["answers"] = answers(shown, slo)
     shown["operate"] = {"config": None if flight.config_path is None else str(flight.config_path)}
     for name, knob in shown["knobs"].items():
         known = KNOBS.get(name)
-        knob["protective"] = known.protective if known is not None else None
         knob["meaning"] = known.meaning if known is not None else ""
     return shown
 

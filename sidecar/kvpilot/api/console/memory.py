@@ -35,10 +35,8 @@ def memory(sight: Sight, tenants: Sequence[TenantRow]) -> dict[str, Any]:
         "cached": None if cached is None else round(cached),
         "free": round(free),
         "shared": record.get("kv_blocks_shared"),
-        "pinned": record.get("kv_blocks_pinned"),
         "tail_waste_blocks": None if waste is None else round(waste / manifest.block_size, 1),
         "tenants": rows,
-        "tenants_provided": "tenants" not in manifest.unsupported_signals and bool(tenants),
         "unattributed": max(0, held - sum(row["blocks"] for row in rows)),
     }
 

@@ -22,7 +22,8 @@ export function chart(place, { lines, height = 84, limit = null, format, top = n
     axes: [
       {
         stroke: () => colour.soft, grid: { show: false }, ticks: { show: false }, size: 20, gap: 6, font: FONT, space: 86,
-        values: (u, ticks) => ticks.map(timeOfDay),
+        // One that would be cut off at the edge is left out.
+        values: (u, ticks) => ticks.map((tick) => (u.valToPos(tick, "x") > u.bbox.width / devicePixelRatio - 20 ? "" : timeOfDay(tick))),
       },
       {
         stroke: () => colour.soft, grid: { stroke: () => colour.line, width: 1 }, ticks: { show: false },

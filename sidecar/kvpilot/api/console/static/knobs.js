@@ -60,11 +60,14 @@ function make(name, knob) {
     svg("text", { x: left[0] - 1, y: left[1] + 14, class: "ends" }, number(knob.minimum)),
     svg("text", { x: right[0] + 1, y: right[1] + 14, class: "ends" }, number(knob.maximum)));
   const lease = el("p", { class: "lease" }), by = el("p", { class: "by" });
-  const root = el("article", { class: "dial" }, el("h3", {}, name), picture, lease, by);
+  const root = el("article", { class: "dial" }, el("h3", {}, ...breakable(name)), picture, lease, by);
   root.title = knob.meaning || name;
   byId("dials").append(root);
   return { name, root, bar, home, value, picture, lease, by };
 }
+
+/** A name that may break after each underscore. */
+const breakable = (name) => name.split("_").flatMap((part, i) => (i ? ["_", el("wbr"), part] : [part]));
 
 function show(dial, knob, leases, orders) {
   const scoped = knob.value === null || knob.value === undefined;

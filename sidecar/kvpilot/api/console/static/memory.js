@@ -35,8 +35,9 @@ export function showMemory(memory) {
   const now = JSON.stringify(parts);
   if (now === signature) return;
   signature = now;
+  const shared = memory.shared ? `, ${number(memory.shared)} shared` : "";
   const waste = memory.tail_waste_blocks ? `, ${percent(memory.tail_waste_blocks / Math.max(1, memory.held))} of that unfilled` : "";
-  say(sum, `${percent(memory.held / memory.blocks)} held of ${number(memory.blocks)} blocks of ${memory.block_tokens} tokens${size}${waste}`);
+  say(sum, `${percent(memory.held / memory.blocks)} held of ${number(memory.blocks)} blocks of ${memory.block_tokens} tokens${size}${shared}${waste}`);
   rows(parts);
   draw();
   const words = parts.map((part) => `${part.name} ${percent(part.blocks / memory.blocks)}`).join(", ");

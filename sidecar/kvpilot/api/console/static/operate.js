@@ -44,7 +44,7 @@ function limits() {
 function compose() {
   const [knob, value, why] = ["order-knob", "order-value", "order-why"].map((id) => byId(id).value);
   say(byId("command-override"),
-    `kvpilot override ${quoted(`${knob}=${value}`)} --for ${byId("order-for").value} --why ${quoted(why || "what you saw")}${config}`);
+    `kvpilot override ${knob ? quoted(`${knob}=${value}`) : "KNOB=VALUE"} --for ${byId("order-for").value} --why ${quoted(why || "what you saw")}${config}`);
 }
 
 async function copy(button) {

@@ -5,12 +5,14 @@ import { seconds } from "./format.js";
 
 let known = "";
 let tests = null;
+let current = true;
 const cells = new Map();
 
 export function showPolicies(frame) {
   const now = JSON.stringify(frame.policies);
   if (now !== known) {
     known = now;
+    current = frame.policies.current;
     build(frame.policies);
     run();
   }
@@ -68,5 +70,5 @@ function showTests() {
     say(node, found.failed.length ? `${found.failed.length} of ${found.passed + found.failed.length} tests fail`
       : found.passed ? `${found.passed} test${found.passed === 1 ? "" : "s"} pass` : "no tests");
   }
-  say(byId("tests"), tests.errors.length ? `not testable: ${tests.errors[0]}` : failed ? `${failed} tests fail` : `all ${passed} tests pass`);
+  say(byId("tests"), !current ? "the newest set was rejected: these fly on" : tests.errors.length ? `not testable: ${tests.errors[0]}` : failed ? `${failed} tests fail` : `all ${passed} tests pass`);
 }
