@@ -22,11 +22,13 @@ from frame import Bar, run
 from kvpilot.policy_directory import shipped as shipped_policies
 from kvpilot.simulate import comparison
 from kvpilot.simulate.comparison import Judged, geomean, ratio
+from kvpilot.simulate.grounds import OfSuite
 from kvpilot.simulate.legs import fly_leg
 from kvpilot.simulate.scenarios import scenario_named
 from kvpilot.simulate.stability import recovery_s
+from kvpilot.simulate.staging import leg
 from kvpilot.simulate.suite import Entry, Setting, Settings, load, shipped
-from kvpilot.simulate.sweep import Field, Order, Row, fly_all
+from kvpilot.simulate.sweep import Order, Row, fly_all
 from kvpilot.workload.spec import Part
 
 TRACES = Path(__file__).parents[2] / "shared/traces"
@@ -50,23 +52,23 @@ class Bench:
             settings.grid[:: len(settings.grid) // QUICK_POINTS] if arguments.quick else settings.grid
         )
         self._flown = 0
+        self._traces: Path | None = None
 
     def judge(self, entries: Sequence[Entry], traces: Path | None) -> list[Judged]:
-        field = Field(self.settings, traces)
+        self._traces = traces
         first = self._fly(
-            field,
             [
                 order
                 for entry in entries
                 for order in (
-                    *(Order(entry, 1, point) for point in (self.settings.defaults, *self._grid)),
-                    *(Order(entry, seed, self.settings.pilot, self._policies) for seed in self._all_seeds),
+                    *(self._order(entry, 1, point) for point in (self.settings.defaults, *self._grid)),
+                    *(self._order(entry, seed, None) for seed in self._all_seeds),
                 )
             ],
         )
-        again = self._again(field, entries, first)
+        again = self._again(entries, first)
         rows = [*first, *again]
-        refined = self._refine(field, [e for e in entries if e.name in self.settings.budget.refined], rows)
+        refined = self._refine([e for e in entries if e.name in self.settings.budget.refined], rows)
         names = {point.name for point in self._grid}
         default = self.settings.defaults.name
         found = []
@@ -90,11 +92,16 @@ class Bench:
             )
         return found
 
+    def _order(self, entry: Entry, seed: int, point: Setting | None) -> Order:
+        """One leg of a point, or the pilot's."""
+        flown = leg(point) if point is not None else leg(self.settings.pilot, "pilot", self._policies)
+        return Order(OfSuite(self.settings, entry, seed, self._traces), flown)
+
     @property
     def _all_seeds(self) -> range:
         return range(1, self._seeds + 1)
 
-    def _again(self, field: Field, entries: Sequence[Entry], rows: Sequence[Row]) -> list[Row]:
+    def _again(self, entries: Sequence[Entry], rows: Sequence[Row]) -> list[Row]:
         """The best few points of each workload with the other seeds."""
         if self._seeds == 1:
             return []
@@ -103,10 +110,12 @@ class Bench:
         for entry in entries:
             mine = [row for row in rows if row.workload == entry.name and row.leg in by_name]
             best = sorted(mine, key=lambda row: -row.goodput)[: self.settings.budget.best]
-            orders += [Order(entry, seed, by_name[row.leg]) for row in best for seed in self._all_seeds[1:]]
-        return self._fly(field, orders)
+            orders += [
+                self._order(entry, seed, by_name[row.leg]) for row in best for seed in self._all_seeds[1:]
+            ]
+        return self._fly(orders)
 
-    def _refine(self, field: Field, entries: Sequence[Entry], rows: Sequence[Row]) -> dict[str, list[Row]]:
+    def _refine(self, entries: Sequence[Entry], rows: Sequence[Row]) -> dict[str, list[Row]]:
         """Coordinate descent from each workload's best point on the first seed; its end with all seeds."""
         by_name = {point.name: point for point in self._grid}
         best: dict[str, tuple[float, Setting]] = {}
@@ -123,36 +132,38 @@ class Bench:
                 for entry in moving
                 for near in comparison.neighbours(best[entry.name][1], self._grid)
             ]
-            flown = self._fly(field, [Order(entry, 1, near) for entry, near in asked])
+            flown = self._fly([self._order(entry, 1, near) for entry, near in asked])
             moving = []
             for (entry, near), row in zip(asked, flown, strict=True):
                 if row.goodput > best[entry.name][0]:
                     best[entry.name] = (row.goodput, near)
                     moving = [*(e for e in moving if e is not entry), entry]
-        orders = [Order(entry, seed, best[entry.name][1]) for entry in entries for seed in self._all_seeds]
+        orders = [
+            self._order(entry, seed, best[entry.name][1]) for entry in entries for seed in self._all_seeds
+        ]
         found: dict[str, list[Row]] = {}
-        for row in self._fly(field, orders):
+        for row in self._fly(orders):
             found.setdefault(row.workload, []).append(row)
         return found
 
-    def _fly(self, field: Field, orders: Sequence[Order]) -> list[Row]:
+    def _fly(self, orders: Sequence[Order]) -> list[Row]:
         def told(row: Row) -> None:
             self._flown += 1
             if not self._arguments.json:
                 print(f"\r{self._flown} legs", end="", file=sys.stderr, flush=True)
 
-        return fly_all(field, orders, self._arguments.workers, told)
+        return fly_all(orders, self._arguments.workers, told)
 
     def recovery(self) -> float | None:
         """Seconds until goodput is back after ten minutes of twice the load."""
         from kvpilot.simulate.asked import of_scenario
 
         scenario = scenario_named(RECOVERY)
+        assert scenario.burst is not None
         asked = of_scenario(scenario, self.settings.machine.machine, self._policies, self.settings, 1)
         flown = fly_leg(asked.scene, asked.legs[-1], asked.arrivals, asked.window_s)
-        before, burst = (part.seconds for part in scenario.workload.parts[:2])
-        slos = asked.scene.promises.slos
-        return recovery_s(flown.outcomes, slos, asked.scene.promises.r, (0.0, before), before + burst)
+        slos, (start_s, end_s) = asked.scene.promises.slos, scenario.burst
+        return recovery_s(flown.outcomes, slos, asked.scene.promises.r, (0.0, start_s), end_s)
 
 
 def report(judged: Sequence[Judged], settings: Settings) -> tuple[dict[str, Any], list[Bar]]:

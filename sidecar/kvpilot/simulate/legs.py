@@ -45,12 +45,13 @@ class Scene:
 @dataclass(frozen=True, slots=True)
 class Leg:
     """`settings` are fields of `Deployment` that differ from the scene's; `policies` is a directory of them,
-    or None where nobody flies.
+    or None where nobody flies. `hands_off`: a pilot without policies, that looks and forecasts.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     policies: Path | None = None
+    hands_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,25 @@ class Result:
         }
 
 
-def fly_leg(scene: Scene, leg: Leg, arrivals: Sequence[Arrival], window_s: float) -> Result:
-    """Fly one leg and score the arrivals of `window_s`. Raises PolicyErrors for policies that cannot fly."""
+def fly_leg(
+    scene: Scene,
+    leg: Leg,
+    arrivals: Sequence[Arrival],
+    window_s: float,
+    begun: Callable[[Replica], None] = lambda replica: None,
+) -> Result:
+    """Fly one leg and score the arrivals of `window_s`. `begun` is given the replica before anybody comes.
+    Raises PolicyErrors for policies that cannot fly.
+    """
     deployment = replace(scene.deployment, **leg.settings)
     policies = None if leg.policies is None else load_policies(leg.policies, deployment.classes)
+    if leg.hands_off:
+        policies = PolicySet(())
     replica = Replica(
         *(deployment, scene.plant(), scene.promises, policies, scene.acceptance, scene.prompt),
         faults=scene.faults,
     )
+    begun(replica)
     outcomes = replica.fly(arrivals, scene.drain_s)
     judged = score(
         outcomes, scene.promises.slos, scene.promises.r, (0.0, window_s), replica.totals, replica.actions

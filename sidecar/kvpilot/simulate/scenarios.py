@@ -57,6 +57,19 @@ class Scenario:
     answer_s: float | None = None
     """How long clients of every class wait for a whole answer; None: as in the suite."""
 
+    @property
+    def burst(self) -> tuple[float, float] | None:
+        """(start, end) in seconds of the run of the part with the most load, where calm precedes and follows
+        it; None where there is no such one.
+        """
+        parts = self.workload.parts
+        if len(parts) < 3:
+            return None
+        place = max(range(len(parts)), key=lambda index: parts[index].load)
+        start_s = sum(part.seconds for part in parts[:place])
+        inside = 0 < place < len(parts) - 1
+        return (start_s, start_s + parts[place].seconds) if inside else None
+
 
 def _of(name: str, *parts: Part) -> Workload:
     return Workload(name=name, parts=parts)

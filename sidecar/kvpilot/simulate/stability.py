@@ -34,7 +34,7 @@ def _moves(
     before: Mapping[Target, float] = {}
     for at_ns, held in leases:
         for target in before.keys() | held.keys():
-            least, most, baseline = ranges.get(target[0]) or _plausible(target[0])
+            least, most, baseline = ranges.get(target[0]) or plausible_range(target[0])
             change = (held.get(target, baseline) - before.get(target, baseline)) / ((most - least) or 1.0)
             if abs(change) >= REVERSAL_SHARE:
                 moves.setdefault(target, []).append((at_ns, change))
@@ -42,7 +42,7 @@ def _moves(
     return moves
 
 
-def _plausible(knob: str) -> Range:
+def plausible_range(knob: str) -> Range:
     """Of a knob of the valve: at rest it lets everybody in."""
     least, most = KNOBS[knob].plausible
     return least, most, least if KNOBS[knob].protective == "higher" else most

@@ -1,6 +1,6 @@
-"""Many legs of the suite over all cores: each a plain value that a process can be given, each a row back.
+"""Many legs over all cores: each an order that a process can be given, each a row back.
 
-A process makes a workload's arrivals once and flies the legs of it that come its way.
+A process makes a ground's arrivals once and flies the legs over it that come its way.
 """
 
 import os
@@ -8,29 +8,49 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kvpilot.simulate.legs import fly_leg
+from kvpilot.simulate.legs import Leg, Scene, fly_leg
 from kvpilot.simulate.stability import reversals
-from kvpilot.simulate.staging import Stage, leg, stage
-from kvpilot.simulate.suite import Entry, Setting, Settings
+from kvpilot.simulate.watch import Seen, Watch
+from kvpilot.workload.arrival import Arrival
 
 KEPT_STAGES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One leg to fly: a workload with a seed, a setting, and policies if the pilot flies from there."""
-
-    entry: Entry
-    seed: int
-    setting: Setting
-    policies: Path | None = None
+class Stage(Protocol):
+    """What legs are flown over: a machine with its promises, and what arrives there."""
 
     @property
-    def name(self) -> str:
-        return "pilot" if self.policies is not None else self.setting.name
+    def scene(self) -> Scene: ...
+    @property
+    def arrivals(self) -> Sequence[Arrival]: ...
+    @property
+    def window_s(self) -> float: ...
+
+
+class Ground(Protocol):
+    """A stage that is yet to be made: small, plain, compared by value, sent to processes."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    def stage(self) -> Stage:
+        """Raises TraceAbsent, TraceError, PlantError, and kvengine's ConfigError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One leg to fly; `watched`: with what there is to see on the way, beside the score; `burst`: the (start,
+    end) of one, in seconds of the run, for those who watch how long recovery takes.
+    """
+
+    ground: Ground
+    leg: Leg
+    watched: bool = False
+    burst: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,36 +63,32 @@ class Row:
     score: dict[str, Any]
     reversals_per_min: float
     actions_per_min: float
+    seen: Seen | None = None
 
     @property
     def goodput(self) -> float:
         return float(self.score["goodput_work"] or 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """Where all orders of a sweep are flown."""
-
-    settings: Settings
-    traces: Path | None
-
-
 def fly_all(
-    field: Field,
     orders: Sequence[Order],
     workers: int | None = None,
     told: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Rows in the orders' order. `told` hears of each as it lands. One worker flies in this process."""
-    workers = workers or os.cpu_count() or 1
+    workers = min(workers or os.cpu_count() or 1, max(1, len(orders)))
     if workers == 1:
-        return [_told(told, fly(field, order)) for order in orders]
+        return [_told(told, fly(order)) for order in orders]
     rows: dict[int, Row] = {}
-    with ProcessPoolExecutor(workers, get_context("spawn"), _settle, (field,)) as pool:
-        # Orders of one workload go out together, so that a process keeps its arrivals.
-        flying = {pool.submit(_fly_settled, order): number for number, order in enumerate(orders)}
-        for landed in as_completed(flying):
-            rows[flying[landed]] = _told(told, landed.result())
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        # Orders of one ground go out together, so that a process keeps its arrivals.
+        flying = {pool.submit(fly, order): number for number, order in enumerate(orders)}
+        try:
+            for landed in as_completed(flying):
+                rows[flying[landed]] = _told(told, landed.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [rows[number] for number in range(len(orders))]
 
 
@@ -81,47 +97,39 @@ def _told(told: Callable[[Row], None], row: Row) -> Row:
     return row
 
 
-_FIELD: list[Field] = []
-"""Of a worker: what every order needs is sent once."""
-
-
-def _settle(field: Field) -> None:
-    _FIELD[:] = [field]
-
-
-def _fly_settled(order: Order) -> Row:
-    return fly(_FIELD[0], order)
-
-
-def fly(field: Field, order: Order) -> Row:
-    """One order, here. Raises TraceAbsent, TraceError, PolicyErrors, kvengine's ConfigError."""
-    staged = _stage(field, order)
+def fly(order: Order) -> Row:
+    """One order, here. Raises what `Ground.stage` does, and PolicyErrors."""
+    staged = _staged(order.ground)
+    watch = Watch(order.burst) if order.watched else None
     flown = fly_leg(
-        staged.scene, leg(order.setting, order.name, order.policies), staged.arrivals, staged.window_s
+        staged.scene,
+        order.leg,
+        staged.arrivals,
+        staged.window_s,
+        begun=(lambda replica: None) if watch is None else watch.begin,
     )
     minutes = flown.virtual_s / 60
     back = reversals(flown.flown.leases, flown.ranges) if flown.flown else 0
     return Row(
-        order.entry.name,
-        order.seed,
-        order.name,
+        order.ground.name,
+        order.ground.seed,
+        order.leg.name,
         flown.score.as_dict(),
         back / minutes,
         flown.score.actions / minutes,
+        None if watch is None else watch.seen(flown, staged.scene, staged.window_s),
     )
 
 
-_STAGES: dict[tuple[str, int], Stage] = {}
+_STAGES: list[tuple[Ground, Stage]] = []
 """Of this process, oldest first, a few."""
 
 
-def _stage(field: Field, order: Order) -> Stage:
-    key = (order.entry.name, order.seed)
-    found = _STAGES.get(key)
-    if found is None or (found.entry is not order.entry and found.entry != order.entry):
-        found = stage(field.settings, order.entry, order.seed, field.traces)
-        _STAGES.pop(key, None)
-        while len(_STAGES) >= KEPT_STAGES:
-            del _STAGES[next(iter(_STAGES))]
-        _STAGES[key] = found
-    return found
+def _staged(ground: Ground) -> Stage:
+    for known, made in _STAGES:
+        if known == ground:
+            return made
+    made = ground.stage()
+    del _STAGES[: max(0, len(_STAGES) - KEPT_STAGES + 1)]
+    _STAGES.append((ground, made))
+    return made
