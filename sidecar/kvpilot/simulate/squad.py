@@ -83,9 +83,6 @@ def muster(scene: Scene, leg: Leg, numbers: Sequence[int]) -> Squad:
         )
         for number in numbers
     ]
-    # Replicas are many small objects that live to the end: no use to look through them again and again.
-    gc.freeze()
-    gc.set_threshold(COLLECT_AFTER, 20, 100)
     return Squad(numbers, replicas, before)
 
 
@@ -123,6 +120,9 @@ _HERE: list[tuple[Scene, Squad]] = []
 def muster_here(scene: Scene, leg: Leg, numbers: Sequence[int]) -> None:
     """This process's squad, from here on."""
     _HERE[:] = [(scene, muster(scene, leg, numbers))]
+    # Replicas are many small objects that live to the end: no use to look through them again and again.
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER, 20, 100)
 
 
 def advance_here(offered: Sequence[Sequence[Arrival]], until_s: float) -> list[float]:
