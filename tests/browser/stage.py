@@ -35,6 +35,22 @@ PATIENCE_S = 20.0
 HOSTILE = "<img src=x onerror=alert(1)>"
 TENANTS = ("acme-search", "globex", "initech", "hooli", HOSTILE)
 CALM_S = 6.0
+SHADOW = """
+apiVersion: kvpilot.dev/v1alpha1
+kind: Policy
+metadata: {name: rehearsal, annotations: {summary: Would run fewer requests at once while KV memory is tight}}
+spec:
+  mode: shadow
+  priority: 50
+  inputs:
+    occupancy: {signal: kv_occupancy}
+  rules:
+    - name: fewer-at-once
+      when: occupancy > 0.8
+      until: occupancy < 0.6
+      for: 500ms
+      do: [{knob: max_running, set: 16}]
+"""
 
 
 def arrivals(seconds: float, calm_per_s: float, burst_per_s: float) -> list[Arrival]:
@@ -53,7 +69,7 @@ class Stage:
     """One flight and its server. Everything that touches the flight runs in the server's loop."""
 
     def __init__(self, folder: Path, burst_per_s: float = 24.0) -> None:
-        self.world = Plant(*shipped())
+        self.world = Plant(*shipped(), SHADOW)
         self._coming = arrivals(120.0, 4.0, burst_per_s)[::-1]
         self._store = JournalStore(folder / "journal.sqlite")
         self._written = 0

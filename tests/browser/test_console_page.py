@@ -87,6 +87,9 @@ def test_the_feed_can_be_narrowed_to_shadow_decisions(opened: Opened) -> None:
     assert rows.first.is_visible()
     opened.page.get_by_role("radio", name="Shadow").check(force=True)
     assert opened.page.locator("#feed details:visible:not([data-shadow=yes])").count() == 0
+    shadowed = opened.page.locator("#feed details:visible")
+    assert "rehearsal/fewer-at-once" in shadowed.first.inner_text()
+    assert "max_running 64 → 16" in shadowed.first.inner_text()
     opened.page.get_by_role("radio", name="Moved a knob").check(force=True)
     assert opened.page.locator("#feed details[data-moved=yes]:visible").count() > 0
 

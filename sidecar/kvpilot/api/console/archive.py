@@ -61,9 +61,8 @@ class Archive:
     def _arguments(self, what: str, start: str | None) -> list[str]:
         flight = self._flight
         if what == "tests":
-            # The set that is flown names the answer: another set is another question.
-            flown = [rule.identity for policy in flight.pilot.policies.policies for rule in policy.rules]
-            return [str(flight.directory.path), str(hash(tuple(flown)))]
+            # When the set was taken names the answer: another set is another question.
+            return [str(flight.directory.path), str(flight.directory.taken_wall_ns)]
         if flight.place is None:
             raise ArchiveError(HTTPStatus.NOT_FOUND, "this pilot flies without files: nothing is recorded")
         where = [str(flight.place.telemetry), flight.place.engine, str(flight.rank)]

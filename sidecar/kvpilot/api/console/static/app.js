@@ -13,6 +13,7 @@ import { showPolicies } from "./policies.js";
 import { startTheme } from "./theme_colours.js";
 
 const SILENT_MS = 2500;
+const RETRY_MS = 3000;
 let heard = 0;
 let newest = null;
 
@@ -56,6 +57,10 @@ function listen() {
   on("history", takeHistory);
   on("point", takePoint);
   on("frame", show);
+  // After an answer that is no stream (a proxy's 502, too many viewers) a browser gives up: try again.
+  stream.addEventListener("error", () => {
+    if (stream.readyState === EventSource.CLOSED) setTimeout(listen, RETRY_MS);
+  });
 }
 
 startTheme(byId("theme"));
