@@ -1,6 +1,7 @@
 """Shared by all tests: what a skip may mean, and nothing else."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail instead of skipping when a system package is missing (CI)",
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest tests` leaves out what needs vLLM's own environment, unless it is asked for by name."""
+    if collection_path != Path(__file__).parent / "vllm":
+        return None
+    return None if any("vllm" in Path(argument).parts for argument in config.args) else True
 
 
 def pytest_configure(config: pytest.Config) -> None:
