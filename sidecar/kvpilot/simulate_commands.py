@@ -61,12 +61,20 @@ def simulate(
     speed: Annotated[float, typer.Option(help="How many times as fast its requests come.")] = 1.0,
     drafts: Annotated[int, typer.Option(help="Draft tokens a sequence, by n-grams; 0 for none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of classes, tenants and noise.")] = 1,
+    replicas: Annotated[
+        int | None, typer.Option(help="A fleet of so many, over processes, behind --balancer.")
+    ] = None,
+    balancer: Annotated[
+        str | None, typer.Option(help="round_robin, least_kv, prefix_affine or by_tenant.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="For a fleet; one a core if left out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
 ) -> None:
     """What the pilot would make of a trace on a machine, beside the engine's defaults."""
     from kvengine.errors import ConfigError
     from kvpilot.policy.load import PolicyErrors
     from kvpilot.policy_directory import shipped
+    from kvpilot.simulate import fleet_report
     from kvpilot.simulate.asked import of_scenario, of_traces
     from kvpilot.simulate.legs import fly_leg
     from kvpilot.simulate.plants.named import Machine
@@ -86,7 +94,11 @@ def simulate(
         else:
             machine = Machine(device, model)
             asked = of_traces(trace or [], machine, by, slice_, seconds, speed, seed, drafts, plant)
-        results = [fly_leg(asked.scene, leg, asked.arrivals, asked.window_s) for leg in asked.legs]
+        fleet = asked.fleet(replicas, balancer, processes)
+        if fleet is not None:
+            flown = fleet_report.fly(asked, fleet)
+        else:
+            results = [fly_leg(asked.scene, leg, asked.arrivals, asked.window_s) for leg in asked.legs]
     except (ConfigError, PolicyErrors, ValueError) as error:
         _fail(error)
     if as_json:
@@ -97,14 +109,18 @@ def simulate(
             "seconds": asked.window_s,
             "seed": seed,
         }
-        more = {"oversized": asked.oversized, "left_out": list(asked.left_out)}
+        if fleet is not None:
+            typer.echo(json.dumps({**said, **fleet_report.as_dict(asked, flown)}))
+            return
+        more = {"oversized": asked.oversized}
         typer.echo(json.dumps({**said, **more, "legs": [result.as_dict() for result in results]}))
         return
-    _show(results)
+    if fleet is not None:
+        fleet_report.show(flown)
+    else:
+        _show(results)
     if asked.oversized:
         print(f"{asked.oversized} requests are longer than the model or the pool: the engine refused them")
-    if asked.left_out:
-        print(f"not simulated yet, of this scenario: {', '.join(asked.left_out)}")
 
 
 def _show(results: "list[Result]") -> None:

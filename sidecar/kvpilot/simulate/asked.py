@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from kvpilot.simulate.deployment import USUAL_PROMISES
+from kvpilot.simulate.fleet import Fleet
 from kvpilot.simulate.legs import Leg, Scene, deployment_on
 from kvpilot.simulate.plants.fitted import Fitted, read
 from kvpilot.simulate.plants.named import Machine
@@ -14,7 +15,7 @@ from kvpilot.simulate.replica import plain_prompt
 from kvpilot.simulate.scenarios import Scenario
 from kvpilot.simulate.staging import leg, promises
 from kvpilot.simulate.suite import CLASSES, Settings
-from kvpilot.workload.arrival import Arrival
+from kvpilot.workload.arrival import Arrival, Speed
 from kvpilot.workload.formats import parse_slice, read_trace
 from kvpilot.workload.prompt import token_ids
 from kvpilot.workload.trace import TraceError, arrivals, oversized, spliced
@@ -24,8 +25,8 @@ NOISE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """`oversized`: requests that this engine refuses, longer than the model or the pool. `left_out`: what of
-    a scenario is not simulated.
+    """`oversized`: requests that this engine refuses, longer than the model or the pool. A scenario may be of
+    several ranks behind a balancer.
     """
 
     name: str
@@ -33,7 +34,16 @@ class Asked:
     legs: tuple[Leg, ...]
     arrivals: Sequence[Arrival]
     window_s: float
-    left_out: tuple[str, ...] = ()
+    ranks: int = 1
+    balancer: str = "round_robin"
+
+    def fleet(self, replicas: int | None, balancer: str | None, processes: int | None) -> Fleet | None:
+        """As asked for, otherwise the scenario's ranks; None for one engine. Raises ValueError."""
+        if replicas is None and self.ranks == 1:
+            if balancer is not None or processes is not None:
+                raise ValueError("--balancer and --processes are for a fleet: give --replicas N as well")
+            return None
+        return Fleet(self.ranks if replicas is None else replicas, balancer or self.balancer, processes)
 
     @property
     def oversized(self) -> int:
@@ -80,7 +90,7 @@ def of_scenario(scenario: Scenario, machine: Machine, policies: Path, settings: 
     """On this machine, with the suite's promises, defaults and pilot's setting. Raises ConfigError."""
     score_bytes = sum(fault.value for fault in scenario.faults if fault.kind == "score_memory")
     of = pace(machine.plant())
-    offered = scenario.workload.arrivals(seed, of.speed)
+    offered = scenario.workload.arrivals(seed, times(of.speed, scenario.ranks))
     shared = any(one.prefix for one in offered)
     deployment = deployment_on(machine, classes=CLASSES, prefix_cache=shared)
     if scenario.kv_tokens is not None:
@@ -103,5 +113,10 @@ def of_scenario(scenario: Scenario, machine: Machine, policies: Path, settings: 
         leg(settings.defaults, "defaults"),
         replace(flown, settings={**flown.settings, **scenario.engine}),
     )
-    left_out = (f"{scenario.ranks} ranks",) if scenario.ranks > 1 else ()
-    return Asked(scenario.name, scene, legs, offered, scenario.workload.seconds, left_out)
+    seconds = scenario.workload.seconds
+    return Asked(scenario.name, scene, legs, offered, seconds, scenario.ranks, scenario.balancer)
+
+
+def times(speed: Speed, ranks: int) -> Speed:
+    """Of so many machines together: a load is the share of all of them."""
+    return Speed(ranks * speed.prefill_tokens_per_s, ranks * speed.decode_tokens_per_s)

@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 
 from kvpilot.commands import app
 from kvpilot.simulate.asked import of_scenario
+from kvpilot.simulate.fleet import Fleet
 from kvpilot.simulate.plants.named import Machine
+from kvpilot.simulate.plants.pace import pace
 from kvpilot.simulate.scenarios import SCENARIOS
 from kvpilot.simulate.suite import load, shipped
 
@@ -71,13 +73,23 @@ def test_a_scenario_is_made_for_the_machine() -> None:
     assert asked.scene.deployment.pool_tokens == 80_000
     assert asked.legs[1].settings["admission_watermark"] == 1.0
     assert asked.scene.promises.patience["interactive"].answer_s == 600
-    assert asked.left_out == ()
+    assert asked.fleet(None, None, None) is None
     slower = of_scenario(SCENARIOS["kv-oversubscription"], Machine("a100"), POLICIES, settings, 1)
     assert len(slower.arrivals) < len(asked.arrivals)
     lost = of_scenario(SCENARIOS["lost-metric"], machine, POLICIES, settings, 1)
     assert lost.scene.faults == SCENARIOS["lost-metric"].faults
     ranks = of_scenario(SCENARIOS["rank-imbalance"], machine, POLICIES, settings, 1)
-    assert ranks.left_out == ("4 ranks",)
+    assert ranks.fleet(None, None, 1) == Fleet(4, "by_tenant", 1)
+    assert ranks.fleet(2, "least_kv", 1) == Fleet(2, "least_kv", 1)
+    alone = SCENARIOS["rank-imbalance"].workload.arrivals(1, pace(machine.plant()).speed)
+    assert len(ranks.arrivals) > 3 * len(alone), "a load is the share of all ranks together"
+
+
+def test_a_fleet_shares_one_stream(traces: Path) -> None:
+    said = simulated("--trace", traces / "a.csv", "--seconds", 20, "--replicas", 2, "--processes", 1)
+    for leg in said["legs"]:
+        assert leg["offered"] == leg["finished"] == 20
+        assert [each["offered"] for each in leg["each"]] == [10, 10]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +104,9 @@ def test_a_scenario_is_made_for_the_machine() -> None:
         (["--trace", "a.csv", "--device", "h900"], "known are"),
         (["--trace", "a.csv", "--plant", "none.json"], "kvpilot calibrate"),
         (["--trace", "a.csv", "--speed", "0"], "above 0"),
+        (["--trace", "a.csv", "--replicas", "0"], "--replicas 0: must be at least 1"),
+        (["--trace", "a.csv", "--balancer", "least_kv"], "give --replicas N as well"),
+        (["--trace", "a.csv", "--replicas", "2", "--balancer", "random"], "--balancer random: known are"),
     ],
 )
 def test_what_cannot_be_simulated_is_one_line(
