@@ -103,6 +103,17 @@ class Gpu(_Model):
     devices: tuple[Annotated[str, AfterValidator(_gpu_uuid)], ...] = Field(default=(), max_length=16)
 
 
+class RecordingLimits(_Model):
+    """The rolling recording for `kvpilot replay`: lengths, times and decisions, never text."""
+
+    directory: File | None = None
+    """Left out: beside the journal, under its name with `.recording`."""
+    size_mb: float = Field(default=64.0, ge=0, le=65_536)
+    """At most so much on disk; 0: nothing is recorded."""
+    age: Positive = 86_400.0
+    """What is older goes."""
+
+
 class Otlp(_Model):
     """Where metrics and traces are sent to, over OTLP/HTTP. Without `endpoint` nothing is set up for it."""
 
@@ -137,6 +148,7 @@ class Config(_Model):
     api: Api = Api()
     gpu: Gpu = Gpu()
     otlp: Otlp = Otlp()
+    recording: RecordingLimits = RecordingLimits()
     journal: File | None = None
     socket: File | None = None
 
@@ -191,6 +203,9 @@ def _completed(config: Config, base: Path, environ: Mapping[str, str]) -> Config
     telemetry = engine.telemetry or _from_environment(environ, "KVPILOT_TELEMETRY")
     controls = engine.controls or _from_environment(environ, "KVPILOT_CONTROLS")
     runtime = Path(environ.get("XDG_RUNTIME_DIR") or f"/tmp/kvpilot-{os.getuid()}") / "kvpilot"
+    journal = base / config.journal if config.journal else default_journal(name, config.rank, environ)
+    recording = config.recording.directory
+    directory = base / recording if recording else journal.with_suffix(".recording")
     return config.model_copy(
         update={
             "engine": EngineLink(
@@ -200,9 +215,8 @@ def _completed(config: Config, base: Path, environ: Mapping[str, str]) -> Config
             ),
             "policies": base / config.policies if config.policies else None,
             "callers": base / config.callers if config.callers else None,
-            "journal": base / config.journal
-            if config.journal
-            else default_journal(name, config.rank, environ),
+            "journal": journal,
+            "recording": config.recording.model_copy(update={"directory": directory}),
             "socket": base / config.socket if config.socket else runtime / f"{own}.sock",
         }
     )
@@ -285,6 +299,7 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
         "api": Api,
         "gpu": Gpu,
         "otlp": Otlp,
+        "recording": RecordingLimits,
     }
     model = models.get(path[0], Config) if path else Config
     return list(model.model_fields)

@@ -39,6 +39,7 @@ from kvpilot.policy.notice import Notice
 from kvpilot.policy.rules import TOP_TENANT, PolicySet
 from kvpilot.policy.state import State
 from kvpilot.publish.board import Board, Tick
+from kvpilot.recordings.recorder import Moment
 from kvpilot.signals import Missing
 
 TICK_NS = NS // 10
@@ -69,6 +70,8 @@ class Pilot:
     """Looks at the engine's GPUs in a thread of its own; the tick takes its newest look."""
     gpu_signals: GpuSignals = field(default_factory=GpuSignals)
     devices: DeviceWatch = field(default_factory=DeviceWatch)
+    record: Callable[[Moment], object] | None = None
+    """Takes what a tick saw and did, for the rolling recording; must not wait."""
     _state: State = field(default_factory=State)
     _windows: Windows = field(default_factory=Windows)
     _forecaster: Forecaster = field(init=False)
@@ -278,6 +281,8 @@ class Pilot:
     def _publish(self, tick: Tick, readings: dict[Key, Reading | Missing]) -> Tick:
         began_ns = self.clock.monotonic_ns()
         self.board.hang(tick, readings)
+        if self.record is not None:
+            self.record(Moment(tick, self.engine.ended_requests(), self.engine.valve_rows()))
         self.board.publishing.observe((self.clock.monotonic_ns() - began_ns) / NS)
         return tick
 

@@ -47,6 +47,7 @@ from kvpilot.policy.rules import PolicySet
 from kvpilot.policy_directory import PolicyDirectory, shipped
 from kvpilot.publish.board import Board
 from kvpilot.publish.prometheus import Collector, MetricsPage
+from kvpilot.recordings.configured import build_recorder
 
 if TYPE_CHECKING:
     from kvpilot.publish.otlp import OtlpSender
@@ -92,6 +93,7 @@ class Service:
             raise StartError(str(error)) from error
         self._journal = JournalWriter(self._store)
         self._otlp = self._open_otlp(config)
+        self._recorder = build_recorder(config)
         self._address = "{}:{}".format(*self._listening.getsockname()[:2])
         outbox = Outbox({each.name: each.url for each in config.receivers}, f"http://{self._address}")
         self._herald = Herald(outbox, name, config.rank)
@@ -170,6 +172,7 @@ class Service:
             take_over=self._take_over,
             alarm=self._herald.change,
             gpus=GpuWatch(clock, config.gpu.devices),
+            record=self._recorder.take if self._recorder is not None else None,
         )
 
     def _take_over(self, sight: Sight) -> list[Adopted]:
@@ -209,6 +212,8 @@ class Service:
             self._release()
             raise StartError(str(error)) from error
         self._journal.start()
+        if self._recorder is not None:
+            self._recorder.start()
         gpus, others = self.flight.pilot.gpus, self.flight.others
         if gpus is not None:
             gpus.start()
@@ -250,6 +255,8 @@ class Service:
         if self._otlp is not None:
             self._otlp.close(CLOSE_WITHIN_S)
         self._journal.close(CLOSE_WITHIN_S)
+        if self._recorder is not None:
+            self._recorder.close(CLOSE_WITHIN_S)
         self.flight.pilot.engine.close()
         self._controls.close()
         self._listening.close()

@@ -20,6 +20,7 @@ from kvpilot.link.liveness import STALLED_AFTER_S, Answers, Liveness, classify
 from kvpilot.link.manifest import Manifest
 from kvpilot.link.page import LinkError
 from kvpilot.link.records import StepRecord
+from kvpilot.link.requests import EndedRequest
 from kvpilot.link.telemetry import ClassRow, TelemetryReader, TenantRow
 from kvpilot.link.valve_page import ValveRow
 from kvpilot.signals import Missing
@@ -162,6 +163,10 @@ class EngineAdapter:
     def tenant_counts(self) -> dict[str, dict[str, int]]:
         """What the engine counts by tenant beside that, by column; empty where it counts nothing."""
         return {} if self._attached is None else self._attached.reader.tenant_counts()
+
+    def ended_requests(self) -> list[EndedRequest]:
+        """Requests that have ended since the last call; none where the engine does not tell of them."""
+        return [] if self._attached is None else self._attached.reader.requests()
 
     def valve_rows(self) -> list[ValveRow]:
         """What valves have counted, by class and tenant, for exporters."""

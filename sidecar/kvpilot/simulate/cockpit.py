@@ -4,7 +4,7 @@ What it writes are bytes that engine and valve read; nothing else passes between
 the run: in virtual time a defect is to be seen.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvpilot.adapters.actuator import Actuator, Target
@@ -20,6 +20,7 @@ from kvpilot.pilot import Pilot
 from kvpilot.policy.context import Slo
 from kvpilot.policy.rules import PolicySet
 from kvpilot.publish.board import Board
+from kvpilot.recordings.recorder import Moment
 from kvpilot.simulate.faults import Fault, HarmedEngine, HarmedPages, Now
 from kvpilot.simulate.pages import IDENTITY, MemoryPages
 
@@ -53,6 +54,7 @@ class Cockpit:
         faults: Sequence[Fault] = (),
         now_s: Now = lambda: 0.0,
         journalled: bool = True,
+        record: Callable[[Moment], object] | None = None,
     ) -> None:
         """Without `journalled` decisions are made and not kept: of hundreds of replicas nobody reads them."""
         self.engine_controls = bytearray(CONTROLS_BYTES)
@@ -78,6 +80,7 @@ class Cockpit:
             notify=lambda notice, wall_ns: None,
             take_over=lambda sight: [],
             alarm=lambda change, wall_ns: None,
+            record=record,
         )
         self.pilot.use(policies)
 

@@ -8,7 +8,7 @@ step is computed time passes for everybody: clients come, leave and return, the 
 they want of the engine waits for its next step boundary, as it would in the engine's channel.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from kvpilot.link.controls import CONTROLS_BYTES
 from kvpilot.link.telemetry import TelemetryReader
 from kvpilot.pilot import TICK_NS
 from kvpilot.policy.rules import PolicySet
+from kvpilot.recordings.recorded import Held
+from kvpilot.recordings.recorder import Moment
 from kvpilot.score import EngineTotals
 from kvpilot.simulate.agenda import Agenda
 from kvpilot.simulate.clients import Clients, Prompt
@@ -28,6 +30,7 @@ from kvpilot.simulate.faults import Fault
 from kvpilot.simulate.pages import MemoryPages
 from kvpilot.simulate.plants.acceptance import Acceptance, Fixed
 from kvpilot.simulate.plants.plant import Plant
+from kvpilot.simulate.recorded_hand import RecordedHand
 from kvpilot.simulate.stability import Range
 from kvpilot.simulate.valve import VirtualValve
 from kvpilot.simulate.wire import Wire
@@ -57,24 +60,30 @@ class Replica:
         prompt: Prompt = plain_prompt,
         faults: Sequence[Fault] = (),
         journalled: bool = True,
+        record: Callable[[Moment], object] | None = None,
+        decided: Sequence[Held] | None = None,
     ) -> None:
+        """`record` takes what each tick saw and did. `decided`: nobody decides, and these leases are in force
+        at their times.
+        """
         self.deployment = deployment
         self.clock = VirtualClock(START_NS)
         self.agenda = Agenda(self.clock)
         pages, slo = MemoryPages(), promises.for_policies(deployment.classes)
-        self.cockpit = (
-            None
-            if policies is None
-            else Cockpit(
+        self.cockpit: Cockpit | None = None
+        if policies is not None:
+            self.cockpit = Cockpit(
                 *(self.clock, pages, policies, slo, deployment.classes),
                 faults=faults,
                 now_s=lambda: self.now_s,
                 journalled=journalled,
+                record=record,
             )
-        )
-        cockpit = self.cockpit
+        self.hand = self.cockpit if decided is None else RecordedHand(self.clock, decided)
+        """Who moves the knobs, if anybody does."""
+        hand = self.hand
         self.valve = VirtualValve(
-            self.clock, deployment.classes, cockpit.valve_controls if cockpit else bytearray(CONTROLS_BYTES)
+            self.clock, deployment.classes, hand.valve_controls if hand else bytearray(CONTROLS_BYTES)
         )
         self._wire = Wire(self.agenda, self._hear)
         self.clients = Clients(
@@ -92,14 +101,16 @@ class Replica:
             self._wire,
             self._spend,
             self.clock,
-            cockpit.engine_controls if cockpit else bytearray(CONTROLS_BYTES),
+            hand.engine_controls if hand else bytearray(CONTROLS_BYTES),
             acceptance or Fixed(0.7),
             self._domain,
-            piloted=cockpit is not None,
+            piloted=hand is not None,
             faults=faults,
+            requests=record is not None,
         )
         self._offered = 0
-        if cockpit is not None:
+        self._recorded = record is not None
+        if hand is not None:
             pages.engines.append(self.engine.page)
             pages.valve_pages.append(self.valve.page)
             self.agenda.at(START_NS, self._tick)
@@ -149,6 +160,9 @@ class Replica:
 
     def land(self) -> list[Outcome]:
         """End the run. Checks that nothing was lost."""
+        if self._recorded and self.hand is not None:
+            # What ended since the last tick is part of the recording.
+            self.hand.tick()
         self.clients.hang_up()
         self.engine.conservation.at_end(self.clients.arrived, self.outcomes)
         return self.outcomes
@@ -167,7 +181,7 @@ class Replica:
     @property
     def knob_ranges(self) -> dict[str, Range]:
         """As the engine tells its pilot; empty without one."""
-        if self.cockpit is None:
+        if self.hand is None:
             return {}
         knobs = TelemetryReader(self.engine.page.read_at).manifest.knobs
         return {knob.name: (knob.minimum, knob.maximum, knob.baseline) for knob in knobs}
@@ -175,7 +189,7 @@ class Replica:
     @property
     def actions(self) -> int:
         """Changes of knob values by the pilot."""
-        return self.cockpit.actions if self.cockpit is not None else 0
+        return self.hand.actions if self.hand is not None else 0
 
     def _turn(self, until_s: float) -> None:
         self._wire.until_ns = START_NS + round(until_s * NS)
@@ -187,9 +201,9 @@ class Replica:
         self.agenda.pass_to(self.clock.monotonic_ns() + max(1, round(seconds * NS)))
 
     def _tick(self) -> None:
-        assert self.cockpit is not None
+        assert self.hand is not None
         self.valve.poll()
-        self.cockpit.tick()
+        self.hand.tick()
         self.agenda.at(self.clock.monotonic_ns() + TICK_NS, self._tick)
 
     def _tell_engine(self, message: list[Any]) -> None:

@@ -1,0 +1,1 @@
+"""Rolling recordings of a flight: steps, arrivals and decisions, to be replayed against other policies."""
