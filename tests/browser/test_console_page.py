@@ -208,6 +208,23 @@ def test_without_an_engine_the_page_says_what_it_waits_for(tmp_path, browser) ->
     assert opened.errors == []
 
 
+def test_who_listens_is_told_of_better_and_worse_and_not_of_every_figure(tmp_path, browser) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.fly(4.0)
+    opened = Opened(browser.new_page(), stage.url)
+    stage.beat()
+    assert text(opened, "#said") == ""
+    stage.fly(10.0)
+    stage.beat()
+    opened.page.wait_for_selector("#answer-state[data-level=bad]")
+    assert "target" in opened.page.text_content("#said") or "KV" in opened.page.text_content("#said")
+    live = opened.page.locator("[aria-live], [role=status], [role=alert]")
+    assert live.count() == 2, "nothing else speaks by itself"
+    opened.page.close()
+    stage.stop()
+
+
 def test_a_pilot_that_is_gone_is_said_so_and_leases_count_down(tmp_path, browser) -> None:
     stage = Stage(tmp_path)
     stage.start()

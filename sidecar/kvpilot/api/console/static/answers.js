@@ -1,6 +1,6 @@
 // The three answers, and the axis on which memory runs out.
 
-import { boldLines, byId, lines, mark, say, svg } from "./dom.js";
+import { announce, boldLines, byId, lines, mark, say, svg } from "./dom.js";
 import { seconds, valueOf } from "./format.js";
 
 const ENDS = [1, 3600];
@@ -9,8 +9,11 @@ const LEFT = 8, WIDTH = 250, LASTS = 292, MIDDLE = 14;
 let axis = null;
 
 export function showAnswers(frame) {
+  const changes = [];
   for (const [name, answer] of Object.entries(frame.answers)) {
     const card = byId(`answer-${name}`);
+    // Figures change all the time: who listens is told when it gets better or worse.
+    if (card.dataset.level && card.dataset.level !== answer.level) changes.push(`${card.querySelector("h2").textContent}: ${answer.title}`);
     mark(card, "data-level", answer.level);
     say(card.querySelector(".title"), answer.title);
     const list = card.querySelector("ul"), now = answer.lines.join("\n");
@@ -18,6 +21,7 @@ export function showAnswers(frame) {
     list.dataset.said = now;
     (name === "doing" ? boldLines : lines)(list, answer.lines);
   }
+  if (changes.length) announce(changes.join("; "));
   showExhaustion(frame.signals);
 }
 
