@@ -67,11 +67,27 @@ def simulate(
     balancer: Annotated[
         str | None, typer.Option(help="round_robin, least_kv, prefix_affine or by_tenant.")
     ] = None,
-    processes: Annotated[int | None, typer.Option(help="For a fleet; one a core if left out.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="For a fleet or --compare; one a core if left out.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Against a grid of static settings too, over all cores.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="With --compare: how often the leading legs are flown.")] = 3,
+    grid: Annotated[
+        Path | None,
+        typer.Option(help="With --compare: settings such as bench/settings.yaml, for another grid."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="With --compare: one HTML page that stands on its own.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="With --compare: a directory for charts, SVG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
 ) -> None:
     """What the pilot would make of a trace on a machine, beside the engine's defaults."""
     from kvengine.errors import ConfigError
+    from kvpilot.compare_command import Shown, asked_for
+    from kvpilot.compare_command import compare as fly_compared
     from kvpilot.policy.load import PolicyErrors
     from kvpilot.policy_directory import shipped
     from kvpilot.simulate import fleet_report
@@ -85,7 +101,17 @@ def simulate(
     if (scenario is None) == (not trace):
         _fail("what arrives? Give --trace FILE, or --scenario NAME, one of them")
     by = policies or shipped()
+    if not compare and (report or plots or grid):
+        _fail("--report, --plots and --grid are of a comparison: give --compare as well")
+    if compare and (replicas is not None or balancer is not None):
+        _fail("--compare is of one engine: leave --replicas and --balancer out")
     try:
+        if compare:
+            asks = asked_for(
+                *(trace or [], scenario, device, model, by, slice_, seconds, speed, seed, drafts, plant, grid)
+            )
+            fly_compared(*asks, by, seeds, processes, Shown(as_json, report, plots))
+            return
         if scenario is not None:
             settings = load(shipped_settings())
             found = scenario_named(scenario)

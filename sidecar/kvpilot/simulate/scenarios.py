@@ -56,6 +56,8 @@ class Scenario:
     balancer: Balancer = "round_robin"
     answer_s: float | None = None
     """How long clients of every class wait for a whole answer; None: as in the suite."""
+    culprit: str | None = None
+    """The tenant that causes it, whom `worst_tenant` leaves out."""
 
     @property
     def burst(self) -> tuple[float, float] | None:
@@ -176,6 +178,7 @@ _ALL = (
             _NO_OOM,
         ),
         kv_tokens=150_000,
+        culprit="hog",
     ),
     Scenario(
         "rank-imbalance",

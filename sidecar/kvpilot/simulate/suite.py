@@ -213,6 +213,8 @@ class Settings(_Plain):
     defaults: Setting
     pilot: Setting
     grid: tuple[Setting, ...] = Field(min_length=1, max_length=MOST_POINTS)
+    best_known: str | None = None
+    """The point that is known as the best over many workloads, where one is: for reports, not for judging."""
     budget: Budget
     suite: tuple[Entry, ...] = Field(min_length=1)
 
@@ -230,6 +232,8 @@ class Settings(_Plain):
             raise ValueError(f"budget.refined: no workload is called {', '.join(sorted(unknown))}")
         if len({point.name for point in self.grid}) < len(self.grid):
             raise ValueError("grid: a point more than once")
+        if self.best_known is not None and self.best_known not in {point.name for point in self.grid}:
+            raise ValueError(f"best_known: no point of the grid is called {self.best_known}")
         largest = max(self.grid, key=lambda point: point.chunk)
         if largest.chunk > self.machine.chunk_tokens:
             raise ValueError(f"grid: chunk {largest.chunk} is above machine.chunk_tokens")

@@ -1,0 +1,1 @@
+"""One comparison as a page: charts from values to SVG text, and the HTML around them."""

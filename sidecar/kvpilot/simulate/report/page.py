@@ -1,0 +1,396 @@
+"""The report: one HTML page that asks nobody for anything. Names of traces, tenants and policies are
+escaped where they are written.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from kvpilot.score import Slo
+from kvpilot.simulate.comparison import goodput
+from kvpilot.simulate.report.figures import (
+    FLOOR_NAMES,
+    KINDS,
+    LEAST_FLOOR,
+    NARROW,
+    WIDE,
+    heads,
+    knobs,
+    latencies,
+    timeline,
+)
+from kvpilot.simulate.report.style import PAGE
+from kvpilot.simulate.report.svg import Drawing
+from kvpilot.simulate.scoreboard import Scoreboard, recovery_s, spread
+
+TENANTS = 12
+RULES = 12
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_SCORED = (
+    ("by count", "goodput_per_offered", "share"),
+    ("smooth", "goodput_smooth", "share"),
+    ("longest fifth", "goodput_longest_fifth", "share"),
+    ("TTFT p95", "ttft_p95_s", "time"),
+    ("ITL p95", "itl_p95_s", "time"),
+    ("output tokens/s", "tokens_per_s", "count"),
+    ("KV occupancy, most", "kv_occupancy_max", "share"),
+    ("offered", "offered", "count"),
+    ("finished", "finished", "count"),
+    ("shed", "shed", "count"),
+    ("abandoned", "abandoned", "count"),
+    ("failed", "failed", "count"),
+    ("out of memory", "oom", "count"),
+    ("preempted", "preemptions", "count"),
+    ("tokens computed again", "recomputed_tokens", "count"),
+)
+_FORESIGHT = (
+    ("times that KV memory ran out", "events", "count"),
+    ("of them foretold", "warned", "count"),
+    ("foretold how long before, median", "lead_s", "time"),
+    ("false alarms an hour", "false_alarms_per_h", "count"),
+    ("outcomes within p10-p90 (0.80 is right)", "coverage", "share"),
+    ("late first tokens: precision", "late_precision", "share"),
+    ("late first tokens: recall", "late_recall", "share"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What was asked, for whoever reads or repeats it."""
+
+    device: str
+    model: str
+    seeds: int
+    arrivals: int
+    oversized: int
+    promises: Mapping[str, Slo]
+    command: str
+    version: str
+
+
+def page(board: Scoreboard, about: About) -> str:
+    """The whole file."""
+    parts = [
+        _head(board, about),
+        _tiles(board),
+        _scenario(board),
+        _goodput(board),
+        _latency(board, about),
+        _over(board),
+        _knobs(board),
+        f'<div class="pair">{_forecasts(board)}{_steadiness(board)}</div>',
+        _tenants(board),
+        _settings(board),
+        _again(about),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{escape(board.name)} · kvpilot scoreboard</title><style>{PAGE}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _head(board: Scoreboard, about: About) -> str:
+    said = (
+        f"{about.model} on {about.device} · {about.arrivals:,} requests in {board.window_s:,.0f} s · "
+        f"{about.seeds} seed{'s' if about.seeds > 1 else ''} · {len(board.judged.points)} static settings"
+    )
+    happened = f"<p class='note'>{escape(board.scenario.happened)}</p>" if board.scenario is not None else ""
+    left = [f"{about.oversized} requests are longer than the model or the pool; the engine refused them."] * (
+        about.oversized > 0
+    )
+    notes = "".join(f'<p class="note">{escape(each)}</p>' for each in left)
+    return (
+        f'<header><h1>{escape(board.name)}</h1><p class="sub">{escape(said)}</p>{happened}'
+        f'<p class="verdict">{escape(_verdict(board))}</p>{notes}</header>'
+    )
+
+
+def _verdict(board: Scoreboard) -> str:
+    """One sentence that a tired person takes away."""
+    ratio, defaults = board.ratios["vs_best_static"], board.ratios["vs_defaults"]
+    if ratio >= 1.01:
+        against = f"{(ratio - 1) * 100:.0f} % more good work than the best of {len(board.judged.points)}"
+    elif ratio > 0.99:
+        against = f"as much good work as the best of {len(board.judged.points)}"
+    else:
+        against = f"{(1 - ratio) * 100:.0f} % less good work than the best of {len(board.judged.points)}"
+    low = [FLOOR_NAMES[name] for name, value in board.floors.items() if value < LEAST_FLOOR]
+    bought = f" It gave some of it up elsewhere: {', '.join(low)}." if low else ""
+    return (
+        f"With nobody tuning it, the pilot served {against} static settings, chosen with hindsight, and "
+        f"{defaults:.2f} times what the engine's defaults served.{bought}"
+    )
+
+
+def _tiles(board: Scoreboard) -> str:
+    pilot = board.judged.pilot
+    worst = min(board.floors.items(), key=lambda each: each[1], default=None)
+    back = max(row.reversals_per_min for row in pilot)
+    oom = sum(row.score["oom"] for row in pilot)
+    recovery = recovery_s(pilot)
+    seen = pilot[0].seen
+    burst = seen is not None and seen.recovery_s is not None
+    last = (
+        (
+            "never" if recovery is None else f"{recovery:.0f} s",
+            "to recover from the burst",
+            recovery is not None,
+        )
+        if burst
+        else (f"{oom}", "steps out of memory", oom == 0)
+    )
+    regret = board.regret
+    tiles = [
+        (f"{goodput(pilot):.3f}", "goodput by work: good requests' share of all work offered", "pilot"),
+        _judged(f"{board.ratios['vs_best_static']:.2f}×", "the best static setting", regret <= 0.03),
+        _judged(f"{board.ratios['vs_defaults']:.2f}×", "the engine's defaults", regret <= 0.03),
+        _judged("-", "no floor to compare", True)
+        if worst is None
+        else _judged(f"{worst[1]:.2f}", f"lowest floor: {FLOOR_NAMES[worst[0]]}", worst[1] >= LEAST_FLOOR),
+        _judged(f"{back:.1f}", "reversals a minute, 2 at most", back <= 2),
+        _judged(*last),
+    ]
+    tiles[2] = (tiles[2][0], tiles[2][1], "good" if board.ratios["vs_defaults"] >= 1 else "bad")
+    tiles[1] = (tiles[1][0], tiles[1][1], "good" if board.ratios["vs_best_static"] >= 0.97 else "bad")
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile {kind}"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
+            for value, text, kind in tiles
+        )
+        + "</div>"
+    )
+
+
+def _judged(value: str, text: str, good: bool) -> tuple[str, str, str]:
+    return value, text, "good" if good else "bad"
+
+
+def _scenario(board: Scoreboard) -> str:
+    if board.scenario is None:
+        return ""
+    named = {True: "holds", False: "missed", None: "unknown"}
+    body = [
+        f'<tr><td class="text">{escape(held.asked)}</td>'
+        f"<td>{'-' if held.value is None else 'never' if held.value == float('inf') else f'{held.value:.3g}'}"
+        f'</td><td><span class="{named[held.holds]}">{escape(held.said)}</span></td></tr>'
+        for held in board.bounds
+    ]
+    note = f"The incident: {board.scenario.source}. What must hold of the pilot, so that it does not recur."
+    return _card(
+        "What must hold",
+        note,
+        _table(['<th class="text">bound</th>', "<th>measured</th>", "<th></th>"], body),
+    )
+
+
+def _goodput(board: Scoreboard) -> str:
+    goodputs, floors = heads(board)
+    left = (
+        f"<div><h3>{escape(goodputs.title)}</h3>{_figure(goodputs)}"
+        '<p class="note">A line through a dot is the spread over seeds. Grey: every static setting.</p></div>'
+    )
+    right = (
+        f"<div><h3>{escape(floors.title)}</h3>{_figure(floors)}"
+        '<p class="note">What a better total could be bought with. Below 0.90 somebody pays for it.</p></div>'
+    )
+    return _card("Goodput", "", f'<div class="pair">{left}{right}</div>{_scores(board)}')
+
+
+def _scores(board: Scoreboard) -> str:
+    columns = board.columns
+    head = [
+        '<th class="text"></th>',
+        *(f'<th><i class="{KINDS[t]}"></i>{escape(t)}</th>' for t, _ in columns),
+    ]
+    body = [_row("goodput by work (Gw)", (f"{goodput(rows):.3f}" for _, rows in columns), "strong")]
+    body.append(_row("spread over seeds", (f"{spread(rows):.3f}" for _, rows in columns)))
+    for name in columns[0][1][0].score["classes"]:
+        values = (rows[0].score["classes"][name]["goodput_work"] for _, rows in columns)
+        body.append(_row(f"Gw of {name}", (_cell(value, "share") for value in values)))
+    for title, key, kind in _SCORED:
+        body.append(_row(title, (_cell(rows[0].score[key], kind) for _, rows in columns)))
+    ratios = board.ratios
+    shown = {"best static": "vs_best_static", "defaults": "vs_defaults", "single best": "vs_single_best"}
+    cells = (f"{ratios[shown[t]]:.3f}" if shown.get(t) in ratios else "" for t, _ in columns)
+    body.append(_row("pilot's Gw over it", cells))
+    regret = f"Regret, the best static setting's Gw less the pilot's: {board.regret:+.3f}."
+    return _table(head, body) + f'<p class="note">{escape(regret)} Figures but Gw are of the first seed.</p>'
+
+
+def _latency(board: Scoreboard, about: About) -> str:
+    promised = "; ".join(
+        f"{name}: first token in {_time(slo.ttft_s)}"
+        + (
+            f" and {slo.ttft_s_per_prompt_token * 1000:.2g} ms a prompt token"
+            if slo.ttft_s_per_prompt_token
+            else ""
+        )
+        + f", then {_time(slo.itl_s)} a token"
+        for name, slo in sorted(about.promises.items(), reverse=True)
+    )
+    note = (
+        "Share of all arrivals that were served within so many times their promise; who was turned away, "
+        f"gave up or failed never is, so a curve ends below 100 %. {promised}."
+    )
+    panels = "".join(f"<div><h3>{escape(d.title)}</h3>{_figure(d)}</div>" for d in latencies(board))
+    return _card("Latency against the promise", note, f'<div class="four">{panels}</div>')
+
+
+def _over(board: Scoreboard) -> str:
+    charts = "".join(
+        f"<figure><h3>{escape(each.title)}</h3>"
+        f'<div class="wide">{each.drawn(WIDE).inline}</div>'
+        f'<div class="narrow">{each.drawn(NARROW).inline}</div></figure>'
+        for each in timeline(board)
+    )
+    return (
+        f'<section class="card over"><h2>Over time</h2><p class="note">The first seed.</p>{charts}</section>'
+    )
+
+
+def _knobs(board: Scoreboard) -> str:
+    shown = knobs(board)
+    if not shown:
+        return _card("Knobs", "The pilot moved none.", "")
+    panels = "".join(f"<div><h3>{escape(each.title)}</h3>{_figure(each)}</div>" for each in shown)
+    note = "What the pilot held over time; the engine's own value, where it fits the scale, is dashed."
+    return _card("Knobs", note, f'<div class="knobs">{panels}</div>')
+
+
+def _forecasts(board: Scoreboard) -> str:
+    seens = (board.hands_off.seen, board.judged.pilot[0].seen)
+    told = [seen.foresight if seen is not None else None for seen in seens]
+    if all(each is None for each in told):
+        return _card("Forecasts", "There were none to score.", "")
+    body = [
+        _row(title, (_cell(getattr(each, key) if each is not None else None, kind) for each in told))
+        for title, key, kind in _FORESIGHT
+    ]
+    head = ['<th class="text"></th>', "<th>hands off</th>", "<th>flying</th>"]
+    note = (
+        "A pilot that acts on a forecast keeps it from coming true: so they are scored on a flight in which "
+        "it keeps its hands off, and beside it on the real one."
+    )
+    return _card("Forecasts", note, _table(head, body))
+
+
+def _steadiness(board: Scoreboard) -> str:
+    pilot = board.judged.pilot
+    seen = pilot[0].seen
+    body = [
+        _row("changes of a knob a minute", [f"{max(row.actions_per_min for row in pilot):.1f}"]),
+        _row("reversals a minute", [f"{max(row.reversals_per_min for row in pilot):.2f}"]),
+    ]
+    if seen is not None and seen.recovery_s is not None:
+        back = recovery_s(pilot)
+        body.append(_row("recovery from the burst", ["never" if back is None else f"{back:.0f} s"]))
+    rules = list(seen.rules.items())[:RULES] if seen is not None else []
+    body += [_row(name, [f"{count:,}"]) for name, count in rules]
+    note = (
+        "A reversal is a change of a fifth of a knob's range, back within 10 s of the one before. Below: "
+        "decisions that each rule put in force."
+    )
+    return _card("Steadiness", note, _table([], body))
+
+
+def _tenants(board: Scoreboard) -> str:
+    """Those that fare worst with the pilot first."""
+    columns = board.columns[:3]
+    tenants: dict[str, float | None] = columns[0][1][0].score["tenants"]
+    if len(tenants) < 2:
+        return ""
+    worst = sorted(tenants, key=lambda name: (tenants[name] is None, tenants[name] or 0.0))[:TENANTS]
+    body = [
+        _row(name, (_cell(rows[0].score["tenants"].get(name), "share") for _, rows in columns))
+        for name in worst
+    ]
+    head = ['<th class="text">tenant</th>']
+    head += [f'<th><i class="{KINDS[t]}"></i>{escape(t)}</th>' for t, _ in columns]
+    more = f" The worst {TENANTS} of {len(tenants)}." if len(tenants) > TENANTS else ""
+    return _card("Tenants", f"Goodput by work of each.{more}", _table(head, body))
+
+
+def _settings(board: Scoreboard) -> str:
+    columns = [(title, dict(board.legs[rows[0].leg].settings)) for title, rows in board.columns]
+    names = list(dict.fromkeys(name for _, setting in columns for name in setting))
+    body = [_row(name, (_setting(setting.get(name)) for _, setting in columns)) for name in names]
+    head = [
+        '<th class="text"></th>',
+        *(f'<th><i class="{KINDS[t]}"></i>{escape(t)}</th>' for t, _ in columns),
+    ]
+    flown = sorted(board.judged.points.items(), key=lambda each: -goodput(each[1]))
+    grid = _table(
+        ['<th class="text">chunk, drafts, running, watermark, queue caps</th>', "<th>Gw</th>"],
+        [_row(name, [f"{goodput(rows):.3f}"]) for name, rows in flown],
+    )
+    note = "Where each leg starts, and, of all but the pilot, stays. Queue caps: interactive/batch."
+    return _card(
+        "Settings",
+        note,
+        _table(head, body) + f"<details><summary>All {len(flown)} static settings</summary>{grid}</details>",
+    )
+
+
+def _again(about: About) -> str:
+    words = (
+        ("Gw", "Work of good requests over the work of all that arrived; work is prompt tokens and output "
+         "tokens, weighed by what they cost this machine. Good: finished, first token and mean time per "
+         "token within the promise, at most 5 % of the gaps above it and none above 20 times it."),
+        ("best static", "The grid's setting with the most goodput here, known only afterwards; the same "
+         "scheduler and priorities, and nobody at the knobs."),
+        ("defaults", "What the engine comes with: first come, first served, no bound on the queue."),
+        ("single best", "The one setting that is known as the best over many workloads."),
+        ("smooth", "Goodput in which a late request counts for less, not for nothing."),
+    )  # fmt: skip
+    listed = "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in words)
+    return _card(
+        "Fly it again",
+        f"kvpilot {about.version}. The same seeds give the same figures.",
+        f"<pre>{escape(about.command)}</pre><details><summary>What the words mean</summary>"
+        f"<dl>{listed}</dl></details>",
+    )
+
+
+def _card(title: str, note: str, body: str) -> str:
+    said = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<section class="card"><h2>{escape(title)}</h2>{said}{body}</section>'
+
+
+def _figure(drawing: Drawing) -> str:
+    return f"<figure>{drawing.inline}</figure>"
+
+
+def _table(head: Sequence[str], body: Iterable[str]) -> str:
+    top = f"<thead><tr>{''.join(head)}</tr></thead>" if head else ""
+    return f'<div class="scroll"><table>{top}<tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _row(name: str, cells: Iterable[str], kind: str = "") -> str:
+    said = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    return f'<tr class="{kind}"><td class="text">{escape(name)}</td>{said}</tr>'
+
+
+def _cell(value: float | int | None, kind: str) -> str:
+    if value is None:
+        return "-"
+    if kind == "time":
+        return _time(value)
+    if kind == "share":
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def _time(value_s: float) -> str:
+    return f"{value_s * 1000:.0f} ms" if value_s < 1 else f"{value_s:.2f} s"
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "/".join(str(value[name]) for name in sorted(value, reverse=True)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value}"
