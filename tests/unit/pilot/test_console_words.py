@@ -67,6 +67,7 @@ def test_an_engine_that_is_silent_is_bad_whatever_it_last_said(tmp_path: Path, s
 def test_what_is_held_is_named_with_its_baseline_and_why(tmp_path: Path) -> None:
     told = calm(tmp_path, waiting=11)["answers"]["doing"]
     assert told["title"] == "Holds 1 knob away from baseline"
+    assert told["level"] == "acts", "no cause for alarm by itself"
     (line,) = told["lines"]
     assert line.startswith("prefill_chunk_tokens 512 → 64")
     assert "guard/act" in line

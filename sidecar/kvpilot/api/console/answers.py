@@ -1,8 +1,8 @@
 """The three things an engineer who was woken wants to know, in words: the state, what is done and why, what
 comes next if nothing more is done.
 
-From the status as plain data, so that page and terminal say the same. A level is `good`, `caution`, `bad` or
-`quiet` (nothing to judge).
+From the status as plain data, so that page and terminal say the same. A level is `good`, `caution`, `bad`,
+`quiet` (nothing to judge) or `acts` (rules hold knobs, which is what they are for).
 """
 
 from collections.abc import Iterator, Mapping
@@ -113,7 +113,7 @@ def _doing(status: Status) -> Answer:
     if orders:
         return _answer("caution", f"A person holds {_count(len(orders), 'knob')}", _few(orders + held))
     if held:
-        return _answer("caution", f"Holds {_count(len(held), 'knob')} away from baseline", _few(held))
+        return _answer("acts", f"Holds {_count(len(held), 'knob')} away from baseline", _few(held))
     pending = [f"{_rule(rule)} is pending" for rule in status["rules"] if rule["state"] == "pending"]
     return _answer("good", "Nothing: every knob is at baseline", pending[:3])
 

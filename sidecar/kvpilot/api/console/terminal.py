@@ -14,7 +14,13 @@ from kvpilot.policy.source import printable
 BAR_WIDTH = 28
 MOST_TENANTS = 6
 MOST_DECISIONS = 8
-_MARKS = {"good": ("●", "green"), "caution": ("▲", "yellow"), "bad": ("■", "bold red"), "quiet": ("○", "dim")}
+_MARKS = {
+    "good": ("●", "green"),
+    "acts": ("◆", "cyan"),
+    "caution": ("▲", "yellow"),
+    "bad": ("■", "bold red"),
+    "quiet": ("○", "dim"),
+}
 _TITLES = {"state": "State", "doing": "Pilot", "next": "Next"}
 
 Frame = Mapping[str, Any]
