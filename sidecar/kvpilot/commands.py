@@ -13,6 +13,7 @@ import typer
 from kvpilot import policy_commands, simulate_commands
 from kvpilot.calibrate import calibrate
 from kvpilot.plan import plan
+from kvpilot.replay_command import replay
 from kvpilot.top_command import top
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ app.command()(policy_commands.knobs)
 app.command()(plan)
 app.command()(simulate_commands.simulate)
 app.command()(calibrate)
+app.command()(replay)
 app.command()(top)
 
 

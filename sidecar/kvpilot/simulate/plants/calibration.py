@@ -9,9 +9,10 @@ from itertools import pairwise
 from math import log
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from kvpilot.incident.recording import Recording, read_file
+from kvpilot.incident.recording import read_file
+from kvpilot.link.manifest import Manifest
 from kvpilot.link.page import LinkError
 from kvpilot.link.records import StepRecord
 from kvpilot.simulate.plants.fitted import KNEE, TERMS, Error, Fidelity, Law, PlantError, row
@@ -52,7 +53,18 @@ def recorded(path: Path) -> Steps:
     return steps_of(recording)
 
 
-def steps_of(recording: Recording) -> Steps:
+class Source(Protocol):
+    """Whatever holds an engine's step records."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def steps(self) -> tuple[StepRecord, ...]: ...
+
+
+def steps_of(recording: Source) -> Steps:
     """Raises PlantError where its records do not say what steps computed, or hold too few."""
     manifest, where = recording.manifest, recording.path
     told = {field.name for field in manifest.fields}
