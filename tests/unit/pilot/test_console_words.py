@@ -80,7 +80,7 @@ def test_at_baseline_off_and_orders_are_told_apart(tmp_path: Path) -> None:
     shown = flight(world, tmp_path)
     assert frame(shown)["answers"]["doing"]["level"] == "good"
     limits = world.pilot.board.tick.context.knobs["speculative_tokens"]  # type: ignore[union-attr]
-    world.pilot.orders.override("speculative_tokens", Scope("all", None), 0, 600, "drafts miss", "ada", limits)
+    world.pilot.orders.override("speculative_tokens", Scope(), 0, 600, "drafts miss", "ada", limits)
     world.ticks(0.2)
     told = frame(shown)["answers"]["doing"]
     assert told["title"] == "A person holds 1 knob"
