@@ -82,6 +82,9 @@ def simulate(
         Path | None, typer.Option(help="With --compare: one HTML page that stands on its own.")
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="With --compare: a directory for charts, SVG.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Record the piloted flight there, for `kvpilot replay`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
 ) -> None:
     """What the pilot would make of a trace on a machine, beside the engine's defaults."""
@@ -105,6 +108,10 @@ def simulate(
         _fail("--report, --plots and --grid are of a comparison: give --compare as well")
     if compare and (replicas is not None or balancer is not None):
         _fail("--compare is of one engine: leave --replicas and --balancer out")
+    if record is not None and (compare or replicas is not None):
+        _fail("--record is of one engine: leave --compare and --replicas out")
+    if record is not None and record.exists():
+        _fail(f"{record}: is there already: name a new directory to record in")
     try:
         if compare:
             asks = asked_for(
@@ -124,7 +131,8 @@ def simulate(
         if fleet is not None:
             flown = fleet_report.fly(asked, fleet)
         else:
-            results = [fly_leg(asked.scene, leg, asked.arrivals, asked.window_s) for leg in asked.legs]
+            legs = [replace(leg, record=record) if leg.policies else leg for leg in asked.legs]
+            results = [fly_leg(asked.scene, leg, asked.arrivals, asked.window_s) for leg in legs]
     except (ConfigError, PolicyErrors, ValueError) as error:
         _fail(error)
     if as_json:

@@ -12,6 +12,7 @@ from typing import Any
 from kvpilot.clock import VirtualClock
 from kvpilot.policy.rules import PolicySet
 from kvpilot.policy_directory import PolicyDirectory
+from kvpilot.recordings.recorder import Kept, Rolling
 from kvpilot.score import Score, score
 from kvpilot.simulate.cockpit import Flown
 from kvpilot.simulate.deployment import USUAL_PROMISES, Deployment, Promises
@@ -25,6 +26,8 @@ from kvpilot.workload.arrival import Arrival
 from kvpilot.workload.outcome import Outcome
 
 DRAIN_S = 60.0
+RECORDED = Kept(1 << 30, 86_400.0)
+"""Of a simulated flight that somebody asks to be recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ class Leg:
     settings: Mapping[str, Any] = field(default_factory=dict)
     policies: Path | None = None
     hands_off: bool = False
+    record: Path | None = None
+    """A directory in which its flight is recorded, for `kvpilot replay`; needs a pilot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +99,29 @@ def fly_leg(
     policies = None if leg.policies is None else load_policies(leg.policies, deployment.classes)
     if leg.hands_off:
         policies = PolicySet(())
+    rolling = None if leg.record is None else _rolling(leg.record, deployment, scene.promises)
     replica = Replica(
         *(deployment, scene.plant(), scene.promises, policies, scene.acceptance, scene.prompt),
         faults=scene.faults,
+        record=None if rolling is None else rolling.add,
     )
     begun(replica)
     outcomes = replica.fly(arrivals, scene.drain_s)
+    if rolling is not None:
+        rolling.flush(replica.clock.monotonic_ns())
+        rolling.close_file()
     judged = score(
         outcomes, scene.promises.slos, scene.promises.r, (0.0, window_s), replica.totals, replica.actions
     )
     steps: int = replica.engine.core.totals.steps
     flown = replica.cockpit.flown if replica.cockpit is not None else None
     return Result(leg, judged, outcomes, steps, replica.now_s, flown, replica.knob_ranges)
+
+
+def _rolling(directory: Path, deployment: Deployment, promises: Promises) -> Rolling:
+    slos = ((name, promises.slos[name]) for name in deployment.classes)
+    made = [[name, slo.ttft_s, slo.itl_s, slo.ttft_s_per_prompt_token] for name, slo in slos]
+    return Rolling(directory, {"engine": deployment.name, "promises": made}, RECORDED)
 
 
 def load_policies(directory: Path, classes: Sequence[str]) -> PolicySet:

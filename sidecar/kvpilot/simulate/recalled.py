@@ -14,6 +14,8 @@ from itertools import pairwise
 from statistics import median
 
 from kvpilot.clock import NS
+from kvpilot.link.manifest import Manifest
+from kvpilot.link.records import StepRecord
 from kvpilot.link.requests import EndedRequest
 from kvpilot.recordings.recorded import Held, Recorded
 from kvpilot.recordings.segment import RecordingError
@@ -54,7 +56,8 @@ class Recalled:
 
 def recall(recorded: Recorded) -> Recalled:
     """Raises RecordingError where nobody came, or classes are not those that promises are for."""
-    deployment = _deployment(recorded)
+    promised = tuple(each.name for each in recorded.promises)
+    deployment = deployment_of(recorded.manifest, promised)
     slos = {
         each.name: Slo(each.ttft_s, each.itl_s, each.ttft_s_per_prompt_token) for each in recorded.promises
     }
@@ -75,7 +78,7 @@ def recall(recorded: Recorded) -> Recalled:
         deployment=deployment,
         slos=slos,
         patience=_patience(recorded, deployment),
-        acceptance=Fixed(_acceptance(recorded)),
+        acceptance=Fixed(acceptance_of(recorded.steps)),
         arrivals=tuple(sorted(arrivals, key=lambda one: one.at_s)),
         outcomes=tuple(outcomes),
         window_s=_window_s(recorded, arrivals, limits),
@@ -90,9 +93,10 @@ def replace_time(held: Held, begin_ns: int) -> Held:
     return held._replace(at_ns=held.at_ns - begin_ns + START_NS)
 
 
-def _deployment(recorded: Recorded) -> Deployment:
-    """As the manifest describes it: baselines are what the operator configured."""
-    manifest = recorded.manifest
+def deployment_of(manifest: Manifest, classes: tuple[str, ...] = ()) -> Deployment:
+    """As the manifest describes it: baselines are what the operator configured. `classes`: where it names
+    none.
+    """
     knobs = {knob.name: knob for knob in manifest.knobs}
 
     def baseline(name: str, otherwise: float) -> float:
@@ -112,7 +116,7 @@ def _deployment(recorded: Recorded) -> Deployment:
         admission_watermark=baseline("admission_watermark", 1.0),
         admission="predicted" if ahead else "held",
         prefix_cache="prefix_tokens_queried_total" in {field.name for field in manifest.fields},
-        classes=manifest.classes or tuple(each.name for each in recorded.promises),
+        classes=manifest.classes or classes,
         in_order=manifest.queue_order == "class",
         memory_bytes=manifest.device_memory_bytes or 80 * 2**30,
         block_bytes=manifest.bytes_per_block or 1,
@@ -281,9 +285,9 @@ def _patience(recorded: Recorded, deployment: Deployment) -> dict[str, Patience]
     }
 
 
-def _acceptance(recorded: Recorded) -> float:
+def acceptance_of(steps: Sequence[StepRecord]) -> float:
     """Share of drafts that stood where they were looked at: each round ends at the first that did not."""
-    first, last = recorded.steps[0], recorded.steps[-1]
+    first, last = steps[0], steps[-1]
     if "rejected_rounds_total" not in last or "accepted_tokens_total" not in last:
         return USUAL_ACCEPTANCE
     stood = last["accepted_tokens_total"] - first["accepted_tokens_total"]
