@@ -19,6 +19,7 @@ from kvpilot.forecast.queue import QueueForecast, overtaking
 from kvpilot.forecast.speculation import PerDrafts, seconds_per_token
 from kvpilot.forecast.step_time import StepTime, StepTimeModel
 from kvpilot.forecast.survival import UNKNOWN_TOKENS, Inflow, demand_ahead, exhaustion
+from kvpilot.forecast.tried import TriedExhaustion
 from kvpilot.forecast.work import WorkReader, works_told
 from kvpilot.link.manifest import Manifest, ManifestKnob
 from kvpilot.link.records import StepRecord
@@ -55,6 +56,7 @@ class Forecaster:
         self._works = WorkReader()
         self._flow = Flow()
         self._slope = KvExhaustion()
+        self._tried = TriedExhaustion()
         self._headroom = DeviceHeadroom(self._manifest.activation_bytes_per_token if self._manifest else None)
         self._record: StepRecord | None = None
         self._rows: tuple[ClassRow, ...] = ()
@@ -82,6 +84,8 @@ class Forecaster:
             available, free = available_blocks(self._record), self._record.get("device_free_bytes")
             if available is not None:
                 self._slope.observe(at_ns, available)
+                running = self._record.get("running") or 0.0
+                self._tried.observe(self._flow.at_s, running > 0 and available < running)
             if free is not None:
                 self._headroom.observe(at_ns, free)
 
@@ -183,6 +187,9 @@ class Forecaster:
             )
         else:
             found = self._slope.seconds(available)
+        if isinstance(found, Estimate):
+            self._tried.mark(self._flow.at_s, found)
+            found = self._tried.tried(found)
         low = found if isinstance(found, Missing) else found.p10
         high = found if isinstance(found, Missing) else found.p90
         return {

@@ -5,6 +5,7 @@ Pure: for tests on plants whose truth is known, and for simulations. Nothing her
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isinf
 from typing import NamedTuple
 
@@ -114,3 +115,50 @@ def _spells(said: Sequence[tuple[float, float]], horizon_s: float) -> list[tuple
             spells[-1:] = [(spells[-1][0], at_s)] if inside else [*spells[-1:], (at_s, at_s)]
         inside = seconds < horizon_s
     return spells
+
+
+def alarms(
+    said: Sequence[tuple[float, Estimate]], below_s: float, over_s: float, hold_s: float
+) -> list[tuple[float, float]]:
+    """(begin, end) of each alarm of a forecast of the time to an event, `said` at ascending times: it begins
+    when p10 is less than `below_s`, and is over when that was more than `over_s` for `hold_s`.
+    """
+    found: list[tuple[float, float]] = []
+    begin: float | None = None
+    calm: float | None = None
+    for at_s, forecast in said:
+        if begin is None:
+            if forecast.p10 < below_s:
+                begin, calm = at_s, None
+        elif forecast.p10 <= over_s:
+            calm = None
+        else:
+            calm = at_s if calm is None else calm
+            if at_s - calm >= hold_s:
+                found.append((begin, calm))
+                begin = None
+    return found if begin is None else [*found, (begin, said[-1][0])]
+
+
+def warned(
+    spells: Sequence[tuple[float, float]],
+    events: Sequence[float],
+    happening: Sequence[float],
+    seconds: float,
+    standing_s: float,
+    grace_s: float = 1.0,
+) -> Warnings:
+    """Of alarms, `events`, and all times at which what they warn of was so, each ascending, in a run of so
+    many seconds. An alarm is false if it ends without that, and each `standing_s` of it without that is one
+    more: who always warns, warns of nothing. One that the end cuts short before is not counted.
+    """
+    leads, false = [], 0
+    for event in events:
+        about = [begin for begin, end in spells if begin < event <= end + grace_s]
+        if about:
+            leads.append(event - about[0])
+    for begin, end in spells:
+        marks = [begin, *(at_s for at_s in happening if begin < at_s <= end + grace_s), end]
+        false += sum(int((after - before) // standing_s) for before, after in pairwise(marks))
+        false += len(marks) == 2 and end < seconds and end - begin < standing_s
+    return Warnings(len(events), len(leads), tuple(sorted(leads)), len(spells), false, seconds / 3600)

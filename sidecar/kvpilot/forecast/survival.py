@@ -20,6 +20,10 @@ from kvpilot.link.records import StepRecord
 
 _INF = float("inf")
 _Z90 = 1.2816
+_LEFT_OVER = (0.0, 0.5, 1.0)
+"""Of one request's prompt, for fast, expected and slow: who waits is taken in whole, and what is left of the
+pool then is less than the next one needs, half of that on average.
+"""
 UNKNOWN_TOKENS = 256.0
 """Prompt tokens of a request, where none was seen waiting."""
 
@@ -101,9 +105,12 @@ def exhaustion(
     early, middle, late = [(0.0, held)], [(0.0, held)], [(0.0, held)]
     for steps, demand in ahead:
         seconds = steps * token_s
-        room = max(0.0, watermark * blocks - demand.p50)
+        room = watermark * blocks - demand.p50
         (fast, _), (mean, deviation), (slow, _) = (
-            each.blocks(seconds, token_s, block_size, room) for each in inflow
+            each.blocks(
+                seconds, token_s, block_size, max(0.0, room - share * each.request_tokens / block_size)
+            )
+            for share, each in zip(_LEFT_OVER, inflow, strict=True)
         )
         likely = demand.p50 + mean
         middle.append((seconds, likely))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpilot.forecast.estimate import Estimate
-from kvpilot.forecast.scores import Outcome, judge, pinball, warnings
+from kvpilot.forecast.scores import Outcome, alarms, judge, pinball, warned, warnings
 
 
 def test_pinball_charges_each_side_by_its_quantile() -> None:
@@ -81,3 +81,30 @@ def test_an_alarm_cut_short_by_the_end_is_not_called_false() -> None:
     found = warnings([(0.0, 9.0), (1.0, 1.0)], [], horizon_s=3.0)
     assert (found.alarms, found.false_alarms) == (1, 0)
     assert warnings([], [], 3.0).false_per_hour == 0.0
+
+
+def said(*p10: float) -> list[tuple[float, Estimate]]:
+    return [(float(at_s), Estimate(low, low + 1, low + 2)) for at_s, low in enumerate(p10)]
+
+
+def test_an_alarm_lasts_until_all_was_well_for_a_while() -> None:
+    rows = said(30, 4, 12, 30, 4, 30, 30, 30, 30, 4)
+    assert alarms(rows, 5, 20, 3) == [(1.0, 5.0), (9.0, 9.0)]
+    assert alarms(rows, 5, 20, 1) == [(1.0, 5.0), (9.0, 9.0)]
+    assert alarms(rows, 5, 20, 0) == [(1.0, 3.0), (4.0, 5.0), (9.0, 9.0)]
+    assert alarms(said(30, 30), 5, 20, 1) == []
+
+
+def test_who_always_warns_warns_of_nothing() -> None:
+    whole = [(0.0, 200.0)]
+    none = warned(whole, [], [], 200.0, standing_s=60.0)
+    assert (none.false_alarms, none.false_per_hour) == (3, pytest.approx(54.0))
+    busy = warned(whole, [50.0], [50.0, 90.0, 140.0, 190.0], 200.0, 60.0)
+    assert (busy.events, busy.warned, busy.lead_s, busy.false_alarms) == (1, 1, (50.0,), 0)
+
+
+def test_alarms_that_end_for_nothing_are_false_and_late_ones_have_no_lead() -> None:
+    found = warned([(10.0, 20.0), (40.0, 50.0)], [44.0, 90.0], [44.0, 90.0], 100.0, 60.0)
+    assert (found.warned, found.lead_s, found.false_alarms) == (1, (4.0,), 1)
+    cut_short = warned([(90.0, 100.0)], [], [], 100.0, 60.0)
+    assert cut_short.false_alarms == 0

@@ -116,11 +116,15 @@ def test_what_waits_and_what_comes_brings_it_nearer_no_faster_than_it_is_served(
 def test_a_backlog_fills_what_admission_may_fill_and_exhausts_the_pool_only_by_growing_beyond() -> None:
     """Waiting for nothing but memory: where admission keeps a fifth back, the pool is not exhausted by it."""
     ahead = [(16.0, Estimate(78.0, 80.0, 82.0)), (64.0, Estimate(70.0, 75.0, 80.0))]
-    queue = (Inflow(1e6, 0.0, math.inf, 160.0, 50.0),) * 3
+    queue = (Inflow(1e6, 0.0, math.inf, 16.0, 50.0),) * 3
     full = exhaustion(100, 20, ahead, 0.05, 16, queue, watermark=1.0)
     assert full.p50 < 1.0
     kept = exhaustion(100, 20, ahead, 0.05, 16, queue, watermark=0.8)
     assert math.isinf(kept.p50)
+    long = (Inflow(1e6, 0.0, math.inf, 480.0, 50.0),) * 3
+    whole = exhaustion(100, 20, ahead, 0.05, 16, long, watermark=1.0)
+    assert whole.p10 < 1.0
+    assert math.isinf(whole.p50), "the next one needs 30 blocks: what is left over is not taken"
     growing = (Inflow(1e6, 0.0, math.inf, 16.0, 1e6),) * 3
     assert exhaustion(100, 20, [(500.0, Estimate(10.0, 10.0, 10.0))], 0.05, 16, growing, 0.8).p50 < 25
 
