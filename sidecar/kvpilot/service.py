@@ -46,7 +46,8 @@ from kvpilot.policy.load import PolicyErrors
 from kvpilot.policy.rules import PolicySet
 from kvpilot.policy_directory import PolicyDirectory, shipped
 from kvpilot.publish.board import Board
-from kvpilot.publish.prometheus import Collector, MetricsPage
+from kvpilot.publish.collector import Collector
+from kvpilot.publish.prometheus import MetricsPage
 from kvpilot.recordings.configured import build_recorder
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import pytest
 from fake_engine import eventually
 from otlp_receiver import Receiver, plain, receiver
+from prometheus_client.core import Exemplar
 
 from kvpilot.clock import NS, VirtualClock
 from kvpilot.config import Otlp
 from kvpilot.journal.records import DecisionRecord, EffectRecord, RuleRecord, VerdictRecord
+from kvpilot.publish.collected import Collected, Distribution
 from kvpilot.publish.decision_spans import OPEN_FOR_NS
-from kvpilot.publish.exposition import Collected, Distribution, Exemplar
 from kvpilot.publish.families import FAMILIES
 from kvpilot.publish.otlp import QUEUE_BATCHES, Batch, OtlpSender
 from kvpilot.publish.sheet import Sheet
@@ -126,7 +127,7 @@ def page() -> list[Collected]:
     sheet = Sheet("engine", 1)
     sheet.add("steps", 40.0)
     sheet.add("kv_used_ratio", 0.25)
-    told = {1: Exemplar((("decision", "5"),), 0.0015, 1.0)}
+    told = {1: Exemplar({"decision": "5"}, 0.0015, 1.0)}
     sheet.add_distribution(
         "time_to_first_token_seconds", Distribution((0.001, 0.002), (1, 3, 4), 0.5, told), "batch"
     )

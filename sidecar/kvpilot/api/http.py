@@ -4,8 +4,7 @@
     /metrics/picker   what an endpoint picker reads                 /healthz   is the loop turning
     /                 the console, and what it asks for under /console
 
-Served by the pilot's own event loop, so that a rendering sees whole ticks only; a scrape costs some
-milliseconds.
+Served by the pilot's own event loop, so that a rendering sees whole ticks only.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from kvpilot.api.console.show import Show
 from kvpilot.api.console.stream import cut_off
 from kvpilot.clock import NS, Clock
 from kvpilot.flight import Flight
-from kvpilot.publish.exposition import TEXT
+from kvpilot.publish.exposition import CONTENT_TYPES
 from kvpilot.publish.prometheus import MetricsPage
 from kvpilot.publish.status import StatusPage
 from kvpilot.version import version
@@ -44,12 +43,12 @@ def build_app(
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        body, content_type = page.answer(request.headers.get("accept", ""))
+        body, content_type = await page.answer(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
     @app.get("/metrics/picker")
     async def picker() -> Response:
-        return Response(page.picker(), headers={"Content-Type": TEXT})
+        return Response(page.picker(), headers={"Content-Type": CONTENT_TYPES["text"]})
 
     @app.get("/status")
     async def show_status() -> Response:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kvpilot.adapters.windows import Key, Reading
 from kvpilot.clock import NS
 from kvpilot.link.histogram import HistogramSnapshot, bucket_bounds_ns
-from kvpilot.publish.exposition import BOUND_OF
+from kvpilot.publish.buckets import BOUND_OF
 from kvpilot.signals import Missing
 
 

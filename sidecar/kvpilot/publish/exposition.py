@@ -1,167 +1,141 @@
-"""The Prometheus text format and OpenMetrics, written fast.
+"""Pages in the Prometheus text format and OpenMetrics, as prometheus-client writes them.
 
-prometheus-client's writer takes 13 ms for eight ranks, which a tick would be late by; this one takes a
-fifth of that, because the text of a label set is made once and kept. Both formats are checked with that
-library's parsers in the tests. Label values are escaped here and nowhere else.
+The library takes about 4 µs a sample, 15 ms for eight ranks, so it is asked for one family at a time: the
+caller can let a tick pass between two of them, and a family that has not changed since the last page keeps
+its text.
 """
 
-import math
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal
 
-from kvpilot.clock import NS
-from kvpilot.link.histogram import BUCKETS, HistogramSnapshot, bucket_bounds_ns
-from kvpilot.publish.families import Family
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.core import Metric, Sample
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
-TEXT = "text/plain; version=0.0.4; charset=utf-8"
-OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+from kvpilot.publish.collected import Collected, Distribution, Labels
 
-BUCKETS_S = (
-    *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.075),
-    *(0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0),
-)
-"""Upper bounds of exported buckets. The page's own buckets are 3 % wide: each goes where its middle lies."""
-
+Format = Literal["text", "openmetrics"]
+CONTENT_TYPES: Mapping[Format, str] = {"text": CONTENT_TYPE_PLAIN_0_0_4, "openmetrics": CONTENT_TYPE_LATEST}
+_ENCODERS: Mapping[Format, Callable[[Collector], bytes]] = {
+    "text": choose_encoder(CONTENT_TYPE_PLAIN_0_0_4)[0],
+    # Our names need no escaping in either scheme; in this one the library does not look at each character.
+    "openmetrics": choose_encoder(f"{CONTENT_TYPE_LATEST}; escaping=allow-utf-8")[0],
+}
+_END: Mapping[Format, bytes] = {"text": b"", "openmetrics": b"# EOF\n"}
 _MOST_KEPT = 50_000
-_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-Labels = tuple[str, ...]
 
 
-class Exemplar(NamedTuple):
-    """One observation that stands for its bucket; `labels` name what it belongs to."""
+def negotiated(accept: str) -> Format:
+    """The format for a request with this `Accept` header, by the library's rules."""
+    try:
+        content_type = choose_encoder(accept)[1]
+    except TypeError:  # A version that is no number.
+        return "text"
+    return "openmetrics" if content_type.startswith("application/openmetrics-text") else "text"
 
-    labels: tuple[tuple[str, str], ...]
-    value: float
-    wall_s: float
+
+def clean(value: str) -> str:
+    """A label value without control characters and lone surrogates: no tool shows these, and one of the
+    latter would cost the whole page."""
+    if value.isprintable():
+        return value
+    return "".join(each if each.isprintable() or each == "\n" else "?" for each in value)
 
 
-class Distribution(NamedTuple):
-    """A histogram: cumulative counts at `bounds` and infinity."""
+def encoded(metric: Metric, form: Format = "text") -> bytes:
+    """One family by itself, without what ends a page."""
+    return _ENCODERS[form](_One(metric)).removesuffix(_END[form])
 
-    bounds: Sequence[float]
-    counts: Sequence[float]
-    sum: float
-    exemplars: dict[int, Exemplar] = {}  # noqa: RUF012
+
+class _One:
+    """A collector of the library's, of a single family."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metrics = (metric,)
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
 
 
 @dataclass(slots=True)
-class Collected:
-    """One family and its samples."""
-
-    family: Family
-    samples: list[tuple[Labels, float]] = field(default_factory=list)
-    distributions: list[tuple[Labels, Distribution]] = field(default_factory=list)
+class _Kept:
+    collected: Collected
+    metric: Metric
+    texts: dict[Format, bytes] = field(default_factory=dict)
 
 
-def escape(value: str) -> str:
-    """A label value as it stands between quotes. Control characters become `?`: no tool shows them well."""
-    if not value.isprintable():
-        value = "".join(each if each.isprintable() or each == "\n" else "?" for each in value)
-    return value.translate(_ESCAPES)
-
-
-def number(value: float) -> str:
-    """A sample's value."""
-    if math.isfinite(value):
-        return repr(float(value))
-    return "+Inf" if value > 0 else "-Inf" if value < 0 else "NaN"
-
-
-class Writer:
-    """Writes pages; keeps the text of label sets between them."""
+class Exposition:
+    """Families to text. Keeps label sets and the last text of each family."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Labels, Labels], str] = {}
+        self._labels: dict[tuple[Labels, Labels], dict[str, str]] = {}
+        self._buckets: dict[tuple[Labels, Labels, tuple[float, ...]], list[dict[str, str]]] = {}
+        self._kept: dict[str, _Kept] = {}
 
-    def write(self, collected: Iterable[Collected], openmetrics: bool) -> bytes:
-        """One page. Families without samples are left out."""
-        lines: list[str] = []
-        if len(self._kept) > _MOST_KEPT:
-            self._kept.clear()
-        for each in collected:
-            family = each.family
-            if each.distributions:
-                lines += _head(family, family.name)
-                self._write_distributions(lines, each, openmetrics)
-            elif each.samples:
-                name = family.shown_name
-                lines += _head(family, family.name if openmetrics else name)
-                lines += [
-                    f"{name}{{{self._labels(family.labels, labels)}}} {number(value)}\n"
-                    for labels, value in each.samples
-                ]
-        if openmetrics:
-            lines.append("# EOF\n")
-        return "".join(lines).encode()
+    def page(self, collected: Iterable[Collected], form: Format) -> bytes:
+        """One page, at once."""
+        return self.joined([self.family(each, form) for each in collected], form)
 
-    def _write_distributions(self, lines: list[str], each: Collected, openmetrics: bool) -> None:
-        name = each.family.name
-        for values, found in each.distributions:
-            labels = self._labels(each.family.labels, values)
-            les = _les(tuple(found.bounds))
-            start = f'{name}_bucket{{{labels},le="'
-            if openmetrics and found.exemplars:
-                for index, (le, count) in enumerate(zip(les, found.counts, strict=True)):
-                    told = found.exemplars.get(index)
-                    lines.append(f'{start}{le}"}} {float(count)}{_exemplar(told)}\n')
-            else:
-                lines += [
-                    f'{start}{le}"}} {float(count)}\n' for le, count in zip(les, found.counts, strict=True)
-                ]
-            lines.append(f"{name}_count{{{labels}}} {float(found.counts[-1])}\n")
-            lines.append(f"{name}_sum{{{labels}}} {number(found.sum)}\n")
+    def family(self, each: Collected, form: Format) -> bytes:
+        """One family's part of a page. Without samples it has none."""
+        if not each.samples and not each.distributions:
+            return b""
+        kept = self._kept.get(each.family.name)
+        if kept is None or kept.collected != each:
+            kept = self._kept[each.family.name] = _Kept(each, self._metric(each))
+        text = kept.texts.get(form)
+        if text is None:
+            text = kept.texts[form] = encoded(kept.metric, form)
+        return text
 
-    def _labels(self, names: Labels, values: Labels) -> str:
-        kept = self._kept.get((names, values))
+    @staticmethod
+    def joined(parts: Iterable[bytes], form: Format) -> bytes:
+        """A page of its families' parts."""
+        return b"".join([*parts, _END[form]])
+
+    def _metric(self, each: Collected) -> Metric:
+        family = each.family
+        if len(self._labels) + len(self._buckets) > _MOST_KEPT:
+            self._labels.clear()
+            self._buckets.clear()
+        metric = Metric(family.name, family.meaning, family.kind)
+        name = family.shown_name
+        metric.samples = [
+            Sample(name, self._labels_of(family.labels, labels), value) for labels, value in each.samples
+        ]
+        for labels, found in each.distributions:
+            metric.samples += self._samples(family.name, family.labels, labels, found)
+        return metric
+
+    def _samples(self, name: str, names: Labels, values: Labels, found: Distribution) -> list[Sample]:
+        bucket, told = f"{name}_bucket", found.exemplars
+        labels = self._labels_of(names, values)
+        samples = [
+            Sample(bucket, each, count, None, told.get(index))
+            for index, (each, count) in enumerate(
+                zip(self._buckets_of(names, values, tuple(found.bounds)), found.counts, strict=True)
+            )
+        ]
+        return [
+            *samples,
+            Sample(f"{name}_count", labels, found.counts[-1]),
+            Sample(f"{name}_sum", labels, found.sum),
+        ]
+
+    def _labels_of(self, names: Labels, values: Labels) -> dict[str, str]:
+        kept = self._labels.get((names, values))
         if kept is None:
-            pairs = zip(names, values, strict=True)
-            kept = self._kept[names, values] = ",".join(f'{n}="{escape(v)}"' for n, v in pairs)
+            kept = dict(zip(names, map(clean, values), strict=True))
+            self._labels[names, values] = kept
         return kept
 
-
-def _head(family: Family, name: str) -> tuple[str, str]:
-    meaning = family.meaning.replace("\\", r"\\").replace("\n", r"\n")
-    return f"# HELP {name} {meaning}\n", f"# TYPE {name} {family.kind}\n"
-
-
-def _exemplar(told: Exemplar | None) -> str:
-    if told is None:
-        return ""
-    labels = ",".join(f'{name}="{escape(value)}"' for name, value in told.labels)
-    return f" # {{{labels}}} {number(told.value)} {told.wall_s:.3f}"
-
-
-_LES: dict[tuple[float, ...], tuple[str, ...]] = {}
-
-
-def _les(bounds: tuple[float, ...]) -> tuple[str, ...]:
-    found = _LES.get(bounds)
-    if found is None:
-        found = _LES[bounds] = (*map(str, bounds), "+Inf")
-    return found
-
-
-def bound_of(index: int) -> int:
-    """Which exported bucket the page's bucket `index` belongs to."""
-    low, high = bucket_bounds_ns(index)
-    return bisect_left(BUCKETS_S, (low + high) / 2 / NS)
-
-
-BOUND_OF = tuple(map(bound_of, range(BUCKETS)))
-_FIRST = tuple(
-    next((index for index in range(BUCKETS) if BOUND_OF[index] > bound), BUCKETS)
-    for bound in range(len(BUCKETS_S) + 1)
-)
-"""By exported bucket: the first of the page's buckets beyond it."""
-
-
-def distribution(snapshot: HistogramSnapshot, exemplars: dict[int, Exemplar] | None = None) -> Distribution:
-    """The engine's histogram at the exported bounds."""
-    counts, seen, start = [], 0, 0
-    for end in _FIRST:
-        seen += sum(snapshot.counts[start:end])
-        counts.append(seen)
-        start = end
-    return Distribution(BUCKETS_S, counts, snapshot.sum_ns / NS, exemplars or {})
+    def _buckets_of(self, names: Labels, values: Labels, bounds: tuple[float, ...]) -> list[dict[str, str]]:
+        kept = self._buckets.get((names, values, bounds))
+        if kept is None:
+            labels = self._labels_of(names, values)
+            kept = [{**labels, "le": le} for le in (*map(str, bounds), "+Inf")]
+            self._buckets[names, values, bounds] = kept
+        return kept

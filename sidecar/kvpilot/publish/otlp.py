@@ -23,8 +23,8 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from kvpilot.clock import Clock
 from kvpilot.config import Otlp
 from kvpilot.journal.records import Record
+from kvpilot.publish.collected import Collected
 from kvpilot.publish.decision_spans import Decided, DecisionSpans
-from kvpilot.publish.exposition import Collected
 from kvpilot.publish.otlp_metrics import MetricsMaker
 from kvpilot.publish.otlp_spans import make_span
 from kvpilot.publish.sheet import Sheet

@@ -21,7 +21,7 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.resources import Resource
 
-from kvpilot.publish.exposition import Collected, Distribution
+from kvpilot.publish.collected import Collected, Distribution
 from kvpilot.publish.families import Family
 from kvpilot.publish.otlp_spans import SCOPE
 

@@ -4,8 +4,10 @@ The protocol names five figures and lets servers name their metrics; pickers rea
 otherwise. Missing figures are left out: a picker then treats the endpoint as unknown, not as idle.
 """
 
+from prometheus_client.core import GaugeMetricFamily
+
 from kvpilot.link.manifest import Manifest
-from kvpilot.publish.exposition import escape, number
+from kvpilot.publish.exposition import clean, encoded
 from kvpilot.signals import Missing
 
 PICKER_NAMES = {
@@ -24,23 +26,24 @@ _SIGNAL_OF = {
 }
 
 
-def picker_page(manifest: Manifest | None, values: dict[str, float | Missing], rank: int) -> str:
+def picker_page(manifest: Manifest | None, values: dict[str, float | Missing], rank: int) -> bytes:
     """The page, in the Prometheus text format. `values` by signal."""
     if manifest is None:
-        return ""
-    labels = f'model_name="{escape(manifest.model)}",engine="{rank}"'
-    lines = []
+        return b""
+    labels = {"model_name": clean(manifest.model), "engine": str(rank)}
+    parts = []
     for asked, signal in _SIGNAL_OF.items():
         value = values.get(signal)
         if isinstance(value, float | int):
-            name, meaning = PICKER_NAMES[asked]
-            lines += _family(name, meaning, labels, value)
+            parts.append(_family(asked, labels, value))
     if manifest.blocks:
-        name, meaning = PICKER_NAMES["BlockSize, NumGPUBlocks"]
-        more = f',block_size="{manifest.block_size}",num_gpu_blocks="{manifest.blocks}"'
-        lines += _family(name, meaning, labels + more, 1.0)
-    return "".join(f"{line}\n" for line in lines)
+        shape = {"block_size": str(manifest.block_size), "num_gpu_blocks": str(manifest.blocks)}
+        parts.append(_family("BlockSize, NumGPUBlocks", labels | shape, 1.0))
+    return b"".join(parts)
 
 
-def _family(name: str, meaning: str, labels: str, value: float) -> list[str]:
-    return [f"# HELP {name} {meaning}", f"# TYPE {name} gauge", f"{name}{{{labels}}} {number(value)}"]
+def _family(asked: str, labels: dict[str, str], value: float) -> bytes:
+    name, meaning = PICKER_NAMES[asked]
+    metric = GaugeMetricFamily(name, meaning)
+    metric.add_sample(name, labels, value)
+    return encoded(metric)

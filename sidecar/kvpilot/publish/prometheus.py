@@ -1,80 +1,53 @@
-"""The metrics page: what a scrape gets, rendered at most twice a second however many scrape.
+"""The metrics page: what a scrape gets, however many scrape.
 
-Rendering happens in the event loop, so that a page shows whole ticks only. A page is kept for as long as the
-signals it shows are: half a second.
+Pages are made in the event loop, so that they show whole ticks only, and in turns of a millisecond, so that
+neither a tick nor another scrape waits for one. A page is kept for as long as the signals it shows are, half
+a second; while its successor is made it is still handed out, for a quarter of a second. Who comes later than
+that waits for the new one.
 """
 
-from collections.abc import Callable
+import asyncio
 
-from kvpilot.adapters.other_ranks import RankView
-from kvpilot.clock import NS
+from kvpilot.clock import NS, Clock
 from kvpilot.flight import Flight
+from kvpilot.pilot import TICK_NS
 from kvpilot.publish.board import REFRESH_NS
+from kvpilot.publish.collected import Collected
+from kvpilot.publish.collector import Collector
 from kvpilot.publish.durations import Durations
-from kvpilot.publish.exposition import OPENMETRICS, TEXT, Collected, Writer
+from kvpilot.publish.exposition import CONTENT_TYPES, Exposition, Format, negotiated
 from kvpilot.publish.picker import picker_page
-from kvpilot.publish.pilot_metrics import add_control, add_pilot, add_valves
-from kvpilot.publish.rank_metrics import Extent, RankMetrics, TenantMetrics
 from kvpilot.publish.sheet import Sheet
 
-More = Callable[[Sheet], None]
+OLDEST_NS = REFRESH_NS * 3 // 2
+"""The oldest page that is handed out while a newer one is made."""
+TURN_NS = NS // 1_000
+COLLECTING_NS = 15 * NS // 1_000
+"""Longer than it takes to gather eight ranks, which is done in one turn: so close to a tick it waits."""
 
 
-class Collector:
-    """Everything a pilot exports, as of its last tick. `more` add what other parts of the pilot know."""
+class Turns:
+    """Of long work in the event loop: `over` lets others run after each millisecond of it."""
 
-    def __init__(self, flight: Flight, more: tuple[More, ...] = (), traced: bool = False) -> None:
-        self._flight = flight
-        self._more = more
-        self._ranks = RankMetrics(flight.pilot.board.exemplars, traced)
-        self._tenants: dict[int | None, TenantMetrics] = {}
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._began_ns = clock.monotonic_ns()
+        self._worked_ns = 0
 
-    def collect(self) -> list[Collected]:
-        """Everything, now."""
-        flight = self._flight
-        tick, now_ns = flight.pilot.board.tick, flight.pilot.clock.monotonic_ns()
-        sheet = Sheet(flight.engine_name, flight.rank)
-        add_pilot(sheet, flight)
-        # Valves are the whole engine's: of several ranks' pilots, the one that flies them shows them.
-        if tick is not None and tick.sight.valve is not None and flight.pilot.actuator.flies_valves:
-            add_valves(sheet, tick.sight.valve)
-            self._tenants_of(None).add_valve_rows(sheet, flight.pilot.engine.valve_rows())
-        own = self.own_view()
-        if own is not None:
-            assert tick is not None
-            add_control(sheet, tick, now_ns)
-            # Against the tick: between two ticks nothing was looked at.
-            extent: Extent = "own" if flight.pilot.actuator.flies_valves else "own_without_valves"
-            self._add_rank(sheet, own, tick.at_ns, extent)
-        for view in flight.others.look(now_ns) if flight.others is not None else ():
-            self._add_rank(sheet, view, view.sight.at_ns, "other")
-        for add in self._more:
-            add(sheet)
-        return sheet.collected()
+    async def over(self) -> None:
+        """To be called every now and then."""
+        if self._clock.monotonic_ns() - self._began_ns >= TURN_NS:
+            self._stop()
+            await asyncio.sleep(0)
+            self._began_ns = self._clock.monotonic_ns()
 
-    def own_view(self) -> RankView | None:
-        """The rank that this pilot flies; None while it has no engine."""
-        flight = self._flight
-        board, engine = flight.pilot.board, flight.pilot.engine
-        if board.tick is None or board.tick.sight.manifest is None:
-            return None
-        shown = {(view.signal, view.klass): value for view, value in board.values()}
-        return RankView(
-            flight.rank,
-            board.tick.sight,
-            shown,
-            board.latest,
-            engine.histogram,
-            engine.tenants,
-            engine.tenant_counts,
-        )
+    def worked_s(self) -> float:
+        """Seconds of all turns; the work is done."""
+        self._stop()
+        return self._worked_ns / NS
 
-    def _add_rank(self, sheet: Sheet, view: RankView, now_ns: int, extent: Extent) -> None:
-        self._ranks.add(sheet, view, now_ns, extent)
-        self._tenants_of(view.rank).add_rows(sheet, view.tenants(), view.rank, view.tenant_counts())
-
-    def _tenants_of(self, rank: int | None) -> TenantMetrics:
-        return self._tenants.setdefault(rank, TenantMetrics())
+    def _stop(self) -> None:
+        self._worked_ns += self._clock.monotonic_ns() - self._began_ns
 
 
 class MetricsPage:
@@ -82,18 +55,29 @@ class MetricsPage:
 
     def __init__(self, flight: Flight, collector: Collector | None = None) -> None:
         self._flight = flight
+        self._clock = flight.pilot.clock
         self.renders = 0
         self.durations = Durations()
+        """Of the event loop's time: what ran between the turns is not counted."""
         self.collector = collector or Collector(flight)
-        self._writer = Writer()
-        self._kept: dict[bool, tuple[int, bytes]] = {}
+        self._exposition = Exposition()
+        self._kept: dict[Format, tuple[int, bytes]] = {}
         self._collected: tuple[int, list[Collected]] | None = None
-        """What both formats show, and since when."""
+        """What all formats show, and since when."""
+        self._making: dict[Format, asyncio.Task[None]] = {}
 
-    def answer(self, accept: str) -> tuple[bytes, str]:
+    async def answer(self, accept: str) -> tuple[bytes, str]:
         """The page and its content type, for a request with this `Accept` header."""
-        openmetrics = "application/openmetrics-text" in accept
-        return self._page(openmetrics), OPENMETRICS if openmetrics else TEXT
+        form = negotiated(accept)
+        kept = self._kept.get(form)
+        age_ns = self._clock.monotonic_ns() - kept[0] if kept is not None else OLDEST_NS
+        making = self._making.get(form)
+        if age_ns >= REFRESH_NS and making is None:
+            making = self._making[form] = asyncio.create_task(self._make(form))
+        if making is not None and age_ns >= OLDEST_NS:
+            # Shielded: a scraper that goes away leaves the page to the others.
+            await asyncio.shield(making)
+        return self._kept[form][1], CONTENT_TYPES[form]
 
     def picker(self) -> bytes:
         """What an endpoint picker reads."""
@@ -101,21 +85,34 @@ class MetricsPage:
         if view is None:
             return b""
         values = {signal: value for (signal, klass), value in view.shown.items() if klass is None}
-        return picker_page(view.sight.manifest, values, view.rank).encode()
+        return picker_page(view.sight.manifest, values, view.rank)
 
-    def _page(self, openmetrics: bool) -> bytes:
-        clock = self._flight.pilot.clock
-        now_ns = clock.monotonic_ns()
-        kept = self._kept.get(openmetrics)
-        if kept is not None and now_ns - kept[0] < REFRESH_NS:
-            return kept[1]
+    async def _make(self, form: Format) -> None:
+        try:
+            await self._let_tick_pass()
+            turns = Turns(self._clock)
+            at_ns, collected = self._gather()
+            parts = []
+            for each in [*collected, *self._own()]:
+                await turns.over()
+                parts.append(self._exposition.family(each, form))
+            self._kept[form] = (at_ns, Exposition.joined(parts, form))
+            self.renders += 1
+            self.durations.observe(turns.worked_s())
+        finally:
+            del self._making[form]
+
+    async def _let_tick_pass(self) -> None:
+        """Where the next one is too near to gather everything before it."""
+        tick, now_ns = self._flight.pilot.board.tick, self._clock.monotonic_ns()
+        if tick is not None and tick.at_ns + TICK_NS - now_ns < COLLECTING_NS:
+            await self._clock.sleep_until(tick.at_ns + TICK_NS)
+
+    def _gather(self) -> tuple[int, list[Collected]]:
+        now_ns = self._clock.monotonic_ns()
         if self._collected is None or now_ns - self._collected[0] >= REFRESH_NS:
             self._collected = (now_ns, self.collector.collect())
-        page = self._writer.write(self._collected[1] + self._own(), openmetrics)
-        self._kept[openmetrics] = (self._collected[0], page)
-        self.renders += 1
-        self.durations.observe((clock.monotonic_ns() - now_ns) / NS)
-        return page
+        return self._collected
 
     def _own(self) -> list[Collected]:
         sheet = Sheet(self._flight.engine_name, self._flight.rank)

@@ -5,14 +5,16 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal
 
+from prometheus_client.core import Exemplar
+
 from kvpilot.adapters.other_ranks import RankView
 from kvpilot.adapters.windows import Reading
 from kvpilot.clock import NS
 from kvpilot.link.histogram import HistogramSnapshot
 from kvpilot.link.telemetry import TenantRow
 from kvpilot.link.valve_page import ValveRow
+from kvpilot.publish.buckets import distribution
 from kvpilot.publish.exemplars import Exemplars, Told
-from kvpilot.publish.exposition import Exemplar, distribution
 from kvpilot.publish.families import FIELD_FAMILIES, SIGNAL_FAMILIES, TENANT_COUNTS
 from kvpilot.publish.sheet import Sheet
 from kvpilot.publish.tenant_names import Counted, TenantNames
@@ -119,11 +121,11 @@ class RankMetrics:
         return None
 
     def _exemplar(self, sheet: Sheet, told: Told, rank: int) -> Exemplar:
-        labels = [("decision", str(told.number))]
+        labels = {"decision": str(told.number)}
         if self._traced:
             trace = trace_id(sheet.engine, rank, told.nonce, told.number)
-            labels.append(("trace_id", f"{trace:032x}"))
-        return Exemplar(tuple(labels), told.value_s, told.wall_ns / NS)
+            labels["trace_id"] = f"{trace:032x}"
+        return Exemplar(labels, told.value_s, round(told.wall_ns / NS, 3))
 
 
 def _value(signal: Signal, view: RankView, level: str | None) -> float | Missing:

@@ -1,7 +1,7 @@
 """What one collection gathers: families in the table's order, samples by label values."""
 
+from kvpilot.publish.collected import Collected, Distribution
 from kvpilot.publish.durations import BOUNDS_S, Durations
-from kvpilot.publish.exposition import Collected, Distribution
 from kvpilot.publish.families import FAMILIES
 
 _PLACE = {name: place for place, name in enumerate(FAMILIES)}

@@ -1,5 +1,6 @@
 """The metrics page: the table and its documentation, what is missing, exemplars, tenants, many scrapers."""
 
+import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,15 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 from test_publish import flight, get, key, samples
 
+from kvpilot.clock import NS, VirtualClock
 from kvpilot.link.telemetry import TenantRow
-from kvpilot.publish.exposition import Collected, Writer, number
+from kvpilot.pilot import TICK_NS
+from kvpilot.publish.collected import Collected
+from kvpilot.publish.collector import Collector
+from kvpilot.publish.exposition import CONTENT_TYPES, Exposition, Format, negotiated
 from kvpilot.publish.families import COMMON, FAMILIES, SIGNAL_FAMILIES
 from kvpilot.publish.metrics_page import metrics_page
-from kvpilot.publish.prometheus import Collector, MetricsPage
+from kvpilot.publish.prometheus import OLDEST_NS, TURN_NS, MetricsPage, Turns
 from kvpilot.publish.rank_metrics import TenantMetrics
 from kvpilot.publish.sheet import Sheet
 from kvpilot.publish.tenant_names import MOST_TENANTS, OTHER, Counted, TenantNames, tenant_label
@@ -100,7 +105,7 @@ def test_a_latency_bucket_names_the_decision_made_while_it_grew(tmp_path: Path) 
     assert "# {" not in get(world, tmp_path, "/metrics").text, "the older format has none"
     traced = flight(world, tmp_path)
     page = MetricsPage(traced, Collector(traced, traced=True))
-    labels, _ = exemplars(page.answer(accept)[0].decode())["0.005"]
+    labels, _ = exemplars(asyncio.run(page.answer(accept))[0].decode())["0.005"]
     assert labels["trace_id"] == f"{trace_id('lab', 0, world.sight().nonce, 1):032x}"
 
 
@@ -118,11 +123,102 @@ def test_without_a_decision_no_bucket_names_one(tmp_path: Path) -> None:
 def test_scrapers_of_one_state_share_one_page(tmp_path: Path) -> None:
     world = world_with_decision()
     page = MetricsPage(flight(world, tmp_path))
-    bodies = {page.answer("")[0] for _ in range(10)}
+
+    async def scrape(times: int) -> set[bytes]:
+        return {body for body, _ in await asyncio.gather(*(page.answer("") for _ in range(times)))}
+
+    bodies = asyncio.run(scrape(10))
     assert (len(bodies), page.renders) == (1, 1)
+    world.ticks(0.4, running=2)
+    assert (asyncio.run(scrape(10)), page.renders) == (bodies, 1)
     world.ticks(0.6, running=2)
-    assert page.answer("")[0] not in bodies
+    assert not asyncio.run(scrape(10)) & bodies
     assert page.renders == 2
+
+
+def test_nobody_waits_for_the_successor_of_a_page_that_will_do(tmp_path: Path) -> None:
+    """The page is handed out while the next one is made, until it is too old."""
+    world = world_with_decision()
+    page = MetricsPage(flight(world, tmp_path))
+
+    async def scrapes() -> list[bytes]:
+        bodies = []
+        for ticked_s, turns in ((0.0, 0), (0.6, 0), (0.0, 3), (OLDEST_NS / NS, 0)):
+            world.ticks(ticked_s, running=2)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            bodies.append((await page.answer(""))[0])
+        return bodies
+
+    first, kept, fresh, waited_for = asyncio.run(scrapes())
+    assert first == kept
+    assert len({first, fresh, waited_for}) == 3
+    assert page.renders == 3
+
+
+class SlowClock(VirtualClock):
+    """Each look at it takes a quarter of a turn."""
+
+    def monotonic_ns(self) -> int:
+        self.advance(TURN_NS / NS / 4)
+        return super().monotonic_ns()
+
+
+def test_long_work_lets_others_run() -> None:
+    clock, others = SlowClock(), 0
+    turns = Turns(clock)
+
+    async def work() -> None:
+        nonlocal others
+
+        async def other() -> None:
+            nonlocal others
+            while True:
+                others += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(other())
+        for _ in range(40):
+            await turns.over()
+        beside.cancel()
+
+    asyncio.run(work())
+    assert 5 < others < 20
+    assert turns.worked_s() >= others * TURN_NS / NS
+
+
+def test_a_page_is_not_begun_where_the_next_tick_would_wait_for_it(tmp_path: Path) -> None:
+    world = world_with_decision()
+    page = MetricsPage(flight(world, tmp_path))
+    tick = world.pilot.board.tick
+    assert tick is not None
+    world.clock.move_to(tick.at_ns + TICK_NS - TURN_NS)
+    asyncio.run(page.answer(""))
+    assert world.clock.monotonic_ns() == tick.at_ns + TICK_NS
+
+
+def test_a_scraper_that_goes_away_leaves_the_page_to_the_others(tmp_path: Path) -> None:
+    page = MetricsPage(flight(world_with_decision(), tmp_path))
+
+    async def scrapes() -> bytes:
+        leaves, stays = (asyncio.create_task(page.answer("")) for _ in range(2))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        return (await stays)[0]
+
+    assert asyncio.run(scrapes())
+    assert page.renders == 1
+
+
+def test_a_page_that_fails_is_tried_again(tmp_path: Path) -> None:
+    world = world_with_decision()
+    page = MetricsPage(flight(world, tmp_path))
+    world.pilot.ledger.counts[("no", "family", "has", "so", "many", "labels")] = 1
+    with pytest.raises(ValueError, match="longer"):
+        asyncio.run(page.answer(""))
+    world.pilot.ledger.counts.clear()
+    world.ticks(0.6)
+    assert asyncio.run(page.answer(""))[0]
 
 
 def test_two_scrapes_in_a_row_are_one_counter_each(tmp_path: Path) -> None:
@@ -134,7 +230,7 @@ def test_two_scrapes_in_a_row_are_one_counter_each(tmp_path: Path) -> None:
         world.ticks(0.6, running=2)
         now = {
             (sample.name, frozenset(sample.labels.items())): sample.value
-            for family in parse(page.answer("")[0].decode())
+            for family in parse(asyncio.run(page.answer(""))[0].decode())
             if family.type == "counter"
             for sample in family.samples
         }
@@ -170,14 +266,14 @@ def test_hostile_tenants_are_escaped_bounded_and_hashed(names: list[str]) -> Non
     rows = [TenantRow(name, 1, 1, index, 10**9, index) for index, name in enumerate(names)]
     metrics, sheet = TenantMetrics(), Sheet("lab", 0)
     metrics.add_rows(sheet, rows, 0)
-    page = Writer().write(sheet.collected(), openmetrics=False).decode()
+    page = Exposition().page(sheet.collected(), "text").decode()
     found = [sample for family in parse(page) for sample in family.samples]
     labels = {sample.labels["tenant"] for sample in found}
     assert len(labels) <= MOST_TENANTS + 1
     assert all(len(label) <= 63 and label.isprintable() and label.isascii() for label in labels)
     held = [sample.value for sample in found if sample.name == "kvpilot_tenant_kv_blocks"]
     assert sum(held) == sum(row.kv_blocks for row in rows), "nobody is lost in the rest"
-    page = Writer().write(sheet.collected(), openmetrics=True).decode()
+    page = Exposition().page(sheet.collected(), "openmetrics").decode()
     assert len(list(parse_openmetrics(page))) == (5 if names else 0)
 
 
@@ -189,7 +285,7 @@ def test_prefix_hits_by_tenant_are_shown_where_the_engine_counts_them() -> None:
     for counts in ({}, {"acme": {queried: 40, hit: 30}, "gone": {queried: 5, hit: 5}}):
         sheet = Sheet("lab", 0)
         TenantMetrics().add_rows(sheet, rows, 0, counts)
-        page = Writer().write(sheet.collected(), openmetrics=False).decode()
+        page = Exposition().page(sheet.collected(), "text").decode()
         seen[len(counts)] = {
             (sample.name, sample.labels["tenant"]): sample.value
             for family in parse(page)
@@ -204,8 +300,8 @@ def test_prefix_hits_by_tenant_are_shown_where_the_engine_counts_them() -> None:
 def test_any_label_value_survives_both_formats(value: str) -> None:
     family = FAMILIES["kvpilot_policy_mode"]
     collected = [Collected(family, [(("lab", "0", value, "shadow"), 1.0)])]
-    for openmetrics, read in ((False, parse), (True, parse_openmetrics)):
-        page = Writer().write(collected, openmetrics).decode()
+    for form, read in (("text", parse), ("openmetrics", parse_openmetrics)):
+        page = Exposition().page(collected, form).decode()
         (sample,) = (sample for each in read(page) for sample in each.samples)
         expected = "".join(each if each.isprintable() or each == "\n" else "?" for each in value)
         assert sample.labels["policy"] == expected
@@ -267,8 +363,49 @@ def test_of_several_pilots_one_shows_the_valves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [(1.0, "1.0"), (math.inf, "+Inf"), (-math.inf, "-Inf"), (math.nan, "NaN"), (3, "3.0")]
 )
-def test_numbers(value: float, text: str) -> None:
-    assert number(value) == text
+@pytest.mark.parametrize("form", ["text", "openmetrics"])
+def test_numbers(value: float, text: str, form: Format) -> None:
+    family = FAMILIES["kvpilot_kv_pool_blocks"]
+    page = Exposition().page([Collected(family, [(("lab", "0"), value)])], form).decode()
+    assert f'kvpilot_kv_pool_blocks{{engine="lab",rank="0"}} {text}\n' in page
+
+
+PROMETHEUS = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+)
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        (PROMETHEUS, "openmetrics"),
+        ("application/openmetrics-text", "openmetrics"),
+        ("application/openmetrics-text; version=1.0.0", "openmetrics"),
+        ("application/openmetrics-text; version=0.0.1, text/plain; version=0.0.4", "text"),
+        ("application/openmetrics-text; version=new", "text"),
+        ("text/plain; version=1.0.0; escaping=allow-utf-8", "text"),
+        ("*/*", "text"),
+        ("", "text"),
+        (",;=;,", "text"),
+    ],
+)
+def test_formats_are_negotiated(accept: str, form: Format) -> None:
+    assert negotiated(accept) == form
+    assert CONTENT_TYPES[form].endswith("charset=utf-8")
+
+
+VALUES = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 1.0, math.inf])), max_size=4)
+
+
+@given(st.lists(st.tuples(VALUES, st.sampled_from(["text", "openmetrics"])), max_size=6))
+def test_a_family_whose_text_is_kept_is_what_it_would_be_made_anew(
+    pages: list[tuple[list[tuple[str, float]], Format]],
+) -> None:
+    keeps, family = Exposition(), FAMILIES["kvpilot_tenant_running"]
+    for values, form in pages:
+        collected = [Collected(family, [(("lab", "0", tenant), value) for tenant, value in values])]
+        assert keeps.page(collected, form) == Exposition().page(collected, form)
 
 
 def test_promises_policies_and_claims_are_there_to_draw(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kvpilot.journal.store import JournalStore
 from kvpilot.journal.writer import JournalWriter
 from kvpilot.link.controls import Scope
 from kvpilot.policy_directory import PolicyDirectory
-from kvpilot.publish.exposition import distribution
+from kvpilot.publish.buckets import distribution
 from kvpilot.publish.families import metric_name
 from kvpilot.publish.prometheus import MetricsPage
 from kvpilot.publish.status import StatusPage, status
@@ -164,7 +164,7 @@ def test_exported_buckets_hold_what_lies_below_them() -> None:
 
 
 def test_every_series_carries_engine_and_rank(flown: World, tmp_path: Path) -> None:
-    page, _ = MetricsPage(flight(flown, tmp_path, rank=3)).answer("")
+    page, _ = asyncio.run(MetricsPage(flight(flown, tmp_path, rank=3)).answer(""))
     labels = [sample.labels for family in parse(page.decode()) for sample in family.samples]
     assert len(labels) > 100
     assert all((each["engine"], each["rank"]) == ("lab", "3") for each in labels)
