@@ -14,11 +14,23 @@ from kvpilot.simulate.scenarios import Against, Bound, Scenario
 from kvpilot.simulate.sweep import Row
 
 NAMES: Mapping[Against, str] = {
-    "defaults": "the defaults",
-    "best_static": "the best static setting",
-    "unharmed": "the pilot without the fault",
+    "defaults": "the defaults'",
+    "best_static": "the best static setting's",
+    "unharmed": "the pilot's without the fault",
 }
 
+METRICS = {
+    "goodput_work": "goodput by work",
+    "tokens_per_s": "output tokens/s",
+    "oom": "steps out of memory",
+    "failed": "failed requests",
+    "preemptions": "preemptions",
+    "recovery_s": "seconds to recover",
+    "reversals_per_min": "reversals a minute",
+    "worst_tenant": "goodput of the tenant that fares worst",
+    "worst_rank": "goodput of the rank that fares worst",
+    "worst_actions_during_fault": "protective actions on lost signals",
+}
 _OF_RANKS = {"worst_rank": "goodput_work_worst", "reversals_per_min": "reversals_per_min_worst"}
 
 
@@ -33,11 +45,11 @@ class Held:
 
     @property
     def asked(self) -> str:
-        """The bound, for people: `goodput_work at least 0.97 of the best static setting`."""
+        """The bound, for people: `goodput by work at least 0.97 of the best static setting's`."""
         bound = self.bound
         limit = f"at least {bound.at_least:g}" if bound.at_least is not None else f"at most {bound.at_most:g}"
         other = NAMES.get(bound.against)
-        return f"{bound.metric} {limit}" + (f" of {other}'s" if other else "")
+        return f"{METRICS.get(bound.metric, bound.metric)} {limit}" + (f" of {other}" if other else "")
 
     @property
     def said(self) -> str:

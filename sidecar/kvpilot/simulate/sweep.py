@@ -3,6 +3,7 @@
 A process makes a ground's arrivals once and flies the legs over it that come its way.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -80,7 +81,7 @@ def fly_all(
     if workers == 1:
         return [_told(told, fly(order)) for order in orders]
     rows: dict[int, Row] = {}
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _hush) as pool:
         # Orders of one ground go out together, so that a process keeps its arrivals.
         flying = {pool.submit(fly, order): number for number, order in enumerate(orders)}
         try:
@@ -90,6 +91,11 @@ def fly_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [rows[number] for number in range(len(orders))]
+
+
+def _hush() -> None:
+    """Of hundreds of pilots nobody reads what each says of its engine."""
+    logging.disable(logging.WARNING)
 
 
 def _told(told: Callable[[Row], None], row: Row) -> Row:

@@ -19,9 +19,13 @@ from kvpilot.simulate.report.svg import (
 from kvpilot.simulate.scoreboard import Scoreboard
 from kvpilot.simulate.watch import MULTIPLES, Kept, Moved, Seen
 
-WIDE, NARROW, SMALL = 1150.0, 372.0, 372.0
+WIDE, HALF, NARROW = 1140.0, 560.0, 350.0
+"""Of a card, of one of two in a row, of a phone."""
 KNOBS = 8
 """Are drawn, those that moved most."""
+FAR = 20
+"""Times what was asked of a knob: a baseline beyond is not drawn."""
+SHARE = Axis(0, 1, tuple(Tick(at / 4, f"{at * 25}%") for at in range(5)))
 KINDS = {"pilot": "pilot", "defaults": "defaults", "best static": "best", "single best": "single"}
 FLOOR_NAMES = {
     "count": "by count",
@@ -37,33 +41,50 @@ _PROMISE = Mark(1.0, 1.0, "promise")
 
 def drawn(board: Scoreboard) -> list[Drawing]:
     """All charts of a comparison, as files."""
-    over = [each.drawn(WIDE) for each in timeline(board)]
-    return [*heads(board), *latencies(board), *over, *knobs(board)]
+    return [
+        *(each.at(HALF) for each in (*heads(board), *latencies(board))),
+        *(each.at(WIDE) for each in timeline(board)),
+        *(each.at(HALF) for each in knobs(board)),
+    ]
 
 
-def heads(board: Scoreboard) -> list[Drawing]:
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One that can be drawn at any width; `body` is given it, and returns height and the SVG's inside."""
+
+    name: str
+    title: str
+    body: Callable[[float], tuple[float, str]]
+
+    def at(self, width: float) -> Drawing:
+        """Of one width."""
+        return Drawing(self.name, self.title, width, *self.body(width))
+
+
+def heads(board: Scoreboard) -> list[Chart]:
     """Goodput of every leg, and the floors."""
     return [_goodput(board), _floors(board)]
 
 
-def _goodput(board: Scoreboard) -> Drawing:
+def _goodput(board: Scoreboard) -> Chart:
     named: list[tuple[str, Sequence[Dot]]] = []
     for title, flown in board.columns:
         values = [row.goodput for row in flown]
-        named.append((title, [Dot(goodput(flown), KINDS[title], flown[0].leg, (min(values), max(values)))]))
+        spread = min(values), max(values)
+        named.append((title, [Dot(goodput(flown), KINDS[title], flown[0].leg, spread)]))
     points = board.judged.points
     grid = [
         Dot(goodput(flown), "point", f"{name}: {goodput(flown):.3f}")
         for name, flown in sorted(points.items())
     ]
     named.append((f"{len(points)} settings", grid))
-    low = min([dot.value for _, dots in named for dot in dots])
+    low = min(dot.value for _, dots in named for dot in dots)
     axis = nice(max(0.0, low - 0.02), 1.0, 5)
-    height, body = rows(560, Axis(max(0.0, axis.low), 1.0, axis.ticks), named)
-    return Drawing("goodput", "Goodput by work: pilot, defaults, static settings", 560, height, body)
+    axis = Axis(max(0.0, axis.low), 1.0, axis.ticks)
+    return Chart("goodput", "Goodput by work", lambda width: rows(width, axis, named))
 
 
-def _floors(board: Scoreboard) -> Drawing:
+def _floors(board: Scoreboard) -> Chart:
     found = board.floors
     named = [
         (FLOOR_NAMES[name], [Dot(value, "fine" if value >= LEAST_FLOOR else "low", f"{value:.3f}")])
@@ -71,28 +92,20 @@ def _floors(board: Scoreboard) -> Drawing:
     ]
     values = [*found.values(), 1.0, LEAST_FLOOR]
     axis = nice(max(0.0, min(values) - 0.05), min(max(values) + 0.05, 3.0), 5)
-    marks = [Mark(LEAST_FLOOR, LEAST_FLOOR, "floor"), Mark(1.0, 1.0, "")]
-    height, body = rows(560, axis, named, marks)
-    return Drawing("floors", "Floors: the pilot over the best static setting", 560, height, body)
+    marks = [Mark(LEAST_FLOOR, LEAST_FLOOR, "floor")]
+    title = "Floors: the pilot over the best static setting"
+    return Chart("floors", title, lambda width: rows(width, axis, named, marks))
 
 
-def latencies(board: Scoreboard) -> list[Drawing]:
+def latencies(board: Scoreboard) -> list[Chart]:
     """Of each class, arrivals that were served within a multiple of what they were promised."""
-    x = Axis(
-        MULTIPLES[0],
-        MULTIPLES[-1],
-        tuple(Tick(at, f"{at:g}×") for at in (0.01, 0.1, 1.0, 10.0)),
-        "of the promise",
-        log=True,
-    )
-    y = Axis(0, 1, tuple(Tick(at / 4, f"{at * 25}%") for at in range(5)))
-    found = []
     watched = [(title, flown[0].seen) for title, flown in board.columns[:3]]
     first = watched[0][1]
     picks: tuple[tuple[str, str, Callable[[Kept], Sequence[float]]], ...] = (
         ("ttft", "first token", lambda kept: kept.ttft),
         ("itl", "time per token", lambda kept: kept.itl),
     )
+    found = []
     for klass in sorted(first.classes, reverse=True) if first is not None else ():
         for key, what, of in picks:
             lines = [
@@ -100,42 +113,29 @@ def latencies(board: Scoreboard) -> list[Drawing]:
                 for title, seen in watched
                 if seen is not None
             ]
-            # The pilot's is drawn last, above the others.
-            body = plot((SMALL, 220), x, y, lines[::-1], [_PROMISE])
-            found.append(Drawing(f"latency-{klass}-{key}", f"{klass}: {what}", SMALL, 220, body))
+            found.append(Chart(f"latency-{klass}-{key}", f"{klass}: {what}", _cumulated(lines)))
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Over:
-    """A chart over the time of the run, at any width."""
-
-    name: str
-    title: str
-    note: str
-    height: float
-    body: Callable[[float], str]
-
-    def drawn(self, width: float) -> Drawing:
-        """Of one width."""
-        return Drawing(self.name, self.title, width, self.height, self.body(width))
+def _cumulated(lines: Sequence[Line]) -> Callable[[float], tuple[float, str]]:
+    ticks = tuple(Tick(at, f"{at:g}×") for at in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
+    x = Axis(MULTIPLES[0], MULTIPLES[-1], ticks, "of the promise", log=True)
+    return lambda width: (215, plot((width, 215), x, SHARE, lines, [_PROMISE]))
 
 
-def timeline(board: Scoreboard) -> list[Over]:
+def timeline(board: Scoreboard) -> list[Chart]:
     """Goodput by arrival, KV memory, the queue, and who was turned away."""
-    watched: list[tuple[str, Seen]] = [
-        (title, flown[0].seen) for title, flown in board.columns[:3] if flown[0].seen is not None
-    ][::-1]
+    watched = [(title, flown[0].seen) for title, flown in board.columns[:3] if flown[0].seen is not None]
     if not watched:
         return []
-    pilot = watched[-1][1]
+    pilot = watched[0][1]
     until_s = max(board.window_s, 1.0)
     marks = [Mark(*mark) for mark in board.marks]
-    share = Axis(0, 1, tuple(Tick(at / 4, f"{at * 25}%") for at in range(5)))
 
-    def over(lines: Sequence[Line], y: Axis, height: float, named: bool = True) -> Callable[[float], str]:
-        def body(width: float) -> str:
-            return plot((width, height), seconds(until_s, 4 if width < 600 else 10), y, lines, marks, named)
+    def over(lines: Sequence[Line], y: Axis, height: float) -> Callable[[float], tuple[float, str]]:
+        def body(width: float) -> tuple[float, str]:
+            x = seconds(until_s, 4 if width < HALF else 10)
+            return height, plot((width, height), x, y, lines, marks)
 
         return body
 
@@ -150,14 +150,16 @@ def timeline(board: Scoreboard) -> list[Over]:
     kv = [Line(title, KINDS[title], _moments(seen, until_s, lambda m: m.kv)) for title, seen in watched]
     queue = [Line(t, KINDS[t], _moments(seen, until_s, lambda m: m.waiting)) for t, seen in watched]
     most = max((value for line in queue for _, value in line.points), default=0.0)
-    shed = [(each.at_s, each.shed / each.offered if each.offered else 0.0) for each in pilot.bins]
-    turned = Line("shed by the pilot", "shed", [*shed, (until_s, 0.0)], stepped=True, filled=True)
-    return [
-        Over("goodput-over-time", "Goodput of those who arrived then", "", 200, over(good, share, 200)),
-        Over("kv-over-time", "KV memory held", "", 190, over(kv, share, 190)),
-        Over("queue-over-time", "Requests waiting", "", 170, over(queue, nice(0, max(most, 4), 3), 170)),
-        Over("shed-over-time", "Arrivals turned away", "", 140, over([turned], share, 140)),
+    charts = [
+        Chart("goodput-over-time", "Goodput of those who arrived then", over(good, SHARE, 210)),
+        Chart("kv-over-time", "KV memory held", over(kv, SHARE, 190)),
+        Chart("queue-over-time", "Requests waiting", over(queue, nice(0, max(most, 4), 3), 170)),
     ]
+    if any(each.shed for each in pilot.bins):
+        shed = [(each.at_s, each.shed / each.offered if each.offered else 0.0) for each in pilot.bins]
+        turned = Line("turned away by the pilot", "shed", [*shed, (until_s, 0.0)], stepped=True, filled=True)
+        charts.append(Chart("shed-over-time", "Arrivals turned away", over([turned], SHARE, 150)))
+    return charts
 
 
 def _moments(
@@ -172,30 +174,33 @@ def _moments(
     ]
 
 
-def knobs(board: Scoreboard) -> list[Drawing]:
+def knobs(board: Scoreboard) -> list[Chart]:
     """What the pilot moved, the baseline dashed."""
     seen = board.judged.pilot[0].seen
-    until_s = max(board.window_s, 1.0)
     moved = () if seen is None else [each for each in seen.moved if len(each.values) > 1][:KNOBS]
-    return [_knob(each, until_s, number, board) for number, each in enumerate(moved)]
+    return [_knob(each, number, board) for number, each in enumerate(moved, 1)]
 
 
-def _knob(each: Moved, until_s: float, number: int, board: Scoreboard) -> Drawing:
+def _knob(each: Moved, number: int, board: Scoreboard) -> Chart:
+    until_s = max(board.window_s, 1.0)
     values = [value for _, value in each.values]
     baseline = each.bounds[2]
     # A baseline far above all that was asked, such as "no limit", would press the rest flat.
     asked = [value for value in values if value != baseline] or values
-    far = baseline > 20 * max(abs(value) for value in asked) > 0
+    far = baseline > FAR * max(abs(value) for value in asked) > 0
     top = max(asked) * 1.1 if far else max([*values, 1e-9])
     points = [(at_s, min(value, top)) for at_s, value in each.values if at_s <= until_s]
     line = Line("held", "pilot", [*points, (until_s, points[-1][1])], stepped=True)
     home = [] if far else [Line("baseline", "home", [(0.0, baseline), (until_s, baseline)])]
     y = nice(0.0, top, 3, _short)
+    marks = [Mark(at_s, to_s, "") for at_s, to_s, _ in board.marks]
     title = each.knob + (f" · {each.scope}" if each.scope else "")
-    body = plot(
-        (560, 120), seconds(until_s, 5), y, [*home, line], [Mark(*m) for m in board.marks], named=False
-    )
-    return Drawing(f"knob-{number + 1}-{each.knob}", title, 560, 120, body)
+    name = f"knob-{number}-{each.knob}"
+
+    def body(width: float) -> tuple[float, str]:
+        return 120, plot((width, 120), seconds(until_s, 5), y, [line, *home], marks, named=False)
+
+    return Chart(name, title, body)
 
 
 def _short(value: float) -> str:

@@ -10,19 +10,22 @@ from kvpilot.score import Slo
 from kvpilot.simulate.comparison import goodput
 from kvpilot.simulate.report.figures import (
     FLOOR_NAMES,
+    HALF,
     KINDS,
     LEAST_FLOOR,
     NARROW,
     WIDE,
+    Chart,
     heads,
     knobs,
     latencies,
     timeline,
 )
 from kvpilot.simulate.report.style import PAGE
-from kvpilot.simulate.report.svg import Drawing
 from kvpilot.simulate.scoreboard import Scoreboard, recovery_s, spread
 
+LEAST_RATIO, MOST_REVERSALS = 0.97, 2.0
+"""What the project asks of the pilot against the best static setting, and of its steadiness."""
 TENANTS = 12
 RULES = 12
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -97,7 +100,7 @@ def _head(board: Scoreboard, about: About) -> str:
         f"{about.model} on {about.device} · {about.arrivals:,} requests in {board.window_s:,.0f} s · "
         f"{about.seeds} seed{'s' if about.seeds > 1 else ''} · {len(board.judged.points)} static settings"
     )
-    happened = f"<p class='note'>{escape(board.scenario.happened)}</p>" if board.scenario is not None else ""
+    happened = f'<p class="note">{escape(_sentence(board.scenario.happened))}</p>' if board.scenario else ""
     left = [f"{about.oversized} requests are longer than the model or the pool; the engine refused them."] * (
         about.oversized > 0
     )
@@ -108,15 +111,19 @@ def _head(board: Scoreboard, about: About) -> str:
     )
 
 
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _verdict(board: Scoreboard) -> str:
     """One sentence that a tired person takes away."""
     ratio, defaults = board.ratios["vs_best_static"], board.ratios["vs_defaults"]
     if ratio >= 1.01:
-        against = f"{(ratio - 1) * 100:.0f} % more good work than the best of {len(board.judged.points)}"
+        against = f"{(ratio - 1) * 100:.0f}\u00a0% more good work than the best of {len(board.judged.points)}"
     elif ratio > 0.99:
         against = f"as much good work as the best of {len(board.judged.points)}"
     else:
-        against = f"{(1 - ratio) * 100:.0f} % less good work than the best of {len(board.judged.points)}"
+        against = f"{(1 - ratio) * 100:.0f}\u00a0% less good work than the best of {len(board.judged.points)}"
     low = [FLOOR_NAMES[name] for name, value in board.floors.items() if value < LEAST_FLOOR]
     bought = f" It gave some of it up elsewhere: {', '.join(low)}." if low else ""
     return (
@@ -142,19 +149,17 @@ def _tiles(board: Scoreboard) -> str:
         if burst
         else (f"{oom}", "steps out of memory", oom == 0)
     )
-    regret = board.regret
+    static, defaults = board.ratios["vs_best_static"], board.ratios["vs_defaults"]
     tiles = [
         (f"{goodput(pilot):.3f}", "goodput by work: good requests' share of all work offered", "pilot"),
-        _judged(f"{board.ratios['vs_best_static']:.2f}×", "the best static setting", regret <= 0.03),
-        _judged(f"{board.ratios['vs_defaults']:.2f}×", "the engine's defaults", regret <= 0.03),
+        _judged(f"{static:.2f}×", "the best static setting's", static >= LEAST_RATIO),
+        _judged(f"{defaults:.2f}×", "the engine defaults'", defaults >= LEAST_RATIO),
         _judged("-", "no floor to compare", True)
         if worst is None
         else _judged(f"{worst[1]:.2f}", f"lowest floor: {FLOOR_NAMES[worst[0]]}", worst[1] >= LEAST_FLOOR),
-        _judged(f"{back:.1f}", "reversals a minute, 2 at most", back <= 2),
+        _judged(f"{back:.1f}", "reversals a minute, 2 at most", back <= MOST_REVERSALS),
         _judged(*last),
     ]
-    tiles[2] = (tiles[2][0], tiles[2][1], "good" if board.ratios["vs_defaults"] >= 1 else "bad")
-    tiles[1] = (tiles[1][0], tiles[1][1], "good" if board.ratios["vs_best_static"] >= 0.97 else "bad")
     return (
         '<div class="tiles">'
         + "".join(
@@ -190,11 +195,11 @@ def _scenario(board: Scoreboard) -> str:
 def _goodput(board: Scoreboard) -> str:
     goodputs, floors = heads(board)
     left = (
-        f"<div><h3>{escape(goodputs.title)}</h3>{_figure(goodputs)}"
+        f"<div>{_titled(goodputs)}"
         '<p class="note">A line through a dot is the spread over seeds. Grey: every static setting.</p></div>'
     )
     right = (
-        f"<div><h3>{escape(floors.title)}</h3>{_figure(floors)}"
+        f"<div>{_titled(floors)}"
         '<p class="note">What a better total could be bought with. Below 0.90 somebody pays for it.</p></div>'
     )
     return _card("Goodput", "", f'<div class="pair">{left}{right}</div>{_scores(board)}')
@@ -236,19 +241,15 @@ def _latency(board: Scoreboard, about: About) -> str:
         "Share of all arrivals that were served within so many times their promise; who was turned away, "
         f"gave up or failed never is, so a curve ends below 100 %. {promised}."
     )
-    panels = "".join(f"<div><h3>{escape(d.title)}</h3>{_figure(d)}</div>" for d in latencies(board))
-    return _card("Latency against the promise", note, f'<div class="four">{panels}</div>')
+    panels = "".join(map(_titled, latencies(board)))
+    return _card("Latency against the promise", note, f'<div class="knobs">{panels}</div>')
 
 
 def _over(board: Scoreboard) -> str:
-    charts = "".join(
-        f"<figure><h3>{escape(each.title)}</h3>"
-        f'<div class="wide">{each.drawn(WIDE).inline}</div>'
-        f'<div class="narrow">{each.drawn(NARROW).inline}</div></figure>'
-        for each in timeline(board)
-    )
+    charts = "".join(_titled(each, WIDE) for each in timeline(board))
     return (
-        f'<section class="card over"><h2>Over time</h2><p class="note">The first seed.</p>{charts}</section>'
+        '<section class="card over"><h2>Over time</h2><p class="note">The first seed, by time of arrival or '
+        f"of the look; bursts and faults are shaded.</p>{charts}</section>"
     )
 
 
@@ -256,7 +257,7 @@ def _knobs(board: Scoreboard) -> str:
     shown = knobs(board)
     if not shown:
         return _card("Knobs", "The pilot moved none.", "")
-    panels = "".join(f"<div><h3>{escape(each.title)}</h3>{_figure(each)}</div>" for each in shown)
+    panels = "".join(map(_titled, shown))
     note = "What the pilot held over time; the engine's own value, where it fits the scale, is dashed."
     return _card("Knobs", note, f'<div class="knobs">{panels}</div>')
 
@@ -360,8 +361,12 @@ def _card(title: str, note: str, body: str) -> str:
     return f'<section class="card"><h2>{escape(title)}</h2>{said}{body}</section>'
 
 
-def _figure(drawing: Drawing) -> str:
-    return f"<figure>{drawing.inline}</figure>"
+def _titled(chart: Chart, width: float = HALF) -> str:
+    """A chart at this width, and another drawing of it for narrow screens."""
+    return (
+        f'<figure><h3>{escape(chart.title)}</h3><div class="wide">{chart.at(width).inline}</div>'
+        f'<div class="narrow">{chart.at(NARROW).inline}</div></figure>'
+    )
 
 
 def _table(head: Sequence[str], body: Iterable[str]) -> str:

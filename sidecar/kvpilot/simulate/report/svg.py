@@ -15,6 +15,8 @@ CHAR_PX = 6.1
 """A letter of the charts' text, about."""
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 30.0
 LEGEND_PX = 20.0
+NOTES_PX = 13.0
+"""For what is written above stretches and lines of the x axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +132,10 @@ def plot(
     marks: Sequence[Mark] = (),
     named: bool = True,
 ) -> str:
-    """Lines over two axes; `named`: with a legend above."""
+    """Lines over two axes, the first above the others; `named`: with a legend."""
     width, height = size
-    top = TOP + (LEGEND_PX if named else 0)
+    noted = any(mark.label for mark in marks)
+    top = TOP + (LEGEND_PX if named else 0) + (NOTES_PX if noted else 0)
     inner, tall = width - LEFT - RIGHT, height - top - BOTTOM
 
     def px(value: float) -> float:
@@ -143,6 +146,7 @@ def plot(
 
     parts = [_legend(lines, LEFT)] if named else []
     parts += [_band(mark, px, top, tall) for mark in marks if mark.end > mark.start]
+    parts.append(_notes(marks, px, top - 4, width))
     for tick in y.ticks:
         at = py(tick.at)
         parts.append(f'<path class="grid" d="M{LEFT:g} {at:.1f}H{width - RIGHT:g}"/>')
@@ -160,8 +164,7 @@ def plot(
             f'<text class="axis end" x="{width - RIGHT:g}" y="{height - 3:g}">{escape(x.title)}</text>'
         )
     parts += [_rule(mark, px, top, tall) for mark in marks if mark.end <= mark.start]
-    for line in lines:
-        parts.append(_path(line, px, py, top + tall))
+    parts += [_path(line, px, py, top + tall) for line in reversed(lines)]
     parts.append(f'<path class="base" d="M{LEFT:g} {top + tall:g}H{width - RIGHT:g}"/>')
     return "".join(parts)
 
@@ -180,20 +183,26 @@ def _legend(lines: Sequence[Line], left: float) -> str:
 
 def _band(mark: Mark, px: Callable[[float], float], top: float, tall: float) -> str:
     left, right = px(mark.start), px(mark.end)
-    label = f'<text class="note" x="{left + 4:.1f}" y="{top + 10:g}">{escape(mark.label)}</text>'
-    room = right - left > len(mark.label) * CHAR_PX * 0.9
     return (
         f'<rect class="band" x="{left:.1f}" y="{top:g}" width="{max(1.0, right - left):.1f}" '
-        f'height="{tall:g}"><title>{escape(mark.label)}</title></rect>{label if room else ""}'
+        f'height="{tall:g}"><title>{escape(mark.label)}</title></rect>'
     )
+
+
+def _notes(marks: Sequence[Mark], px: Callable[[float], float], y: float, width: float) -> str:
+    """What marks are called, above them; one that another's name leaves no room for goes unnamed."""
+    parts, free = [], 0.0
+    for mark in sorted(marks):
+        length = len(mark.label) * CHAR_PX * 0.93
+        at = min(px(mark.start), width - length)
+        if mark.label and at >= free:
+            parts.append(f'<text class="note" x="{at:.1f}" y="{y:g}">{escape(mark.label)}</text>')
+            free = at + length + 6
+    return "".join(parts)
 
 
 def _rule(mark: Mark, px: Callable[[float], float], top: float, tall: float) -> str:
-    at = px(mark.start)
-    return (
-        f'<path class="rule" d="M{at:.1f} {top:g}v{tall:g}"/>'
-        f'<text class="note end" x="{at - 4:.1f}" y="{top + 10:g}">{escape(mark.label)}</text>'
-    )
+    return f'<path class="rule" d="M{px(mark.start):.1f} {top:g}v{tall:g}"/>'
 
 
 def _path(line: Line, px: Callable[[float], float], py: Callable[[float], float], floor_px: float) -> str:
@@ -224,7 +233,7 @@ def rows(
     def px(value: float) -> float:
         return left + inner * x.share(value)
 
-    parts = [_rule(mark, px, top - 12, tall + 12) for mark in marks]
+    parts = [_notes(marks, px, top - 5, width), *(_rule(mark, px, top, tall) for mark in marks)]
     for tick in x.ticks:
         at = px(tick.at)
         parts.append(f'<path class="grid" d="M{at:.1f} {top:g}v{tall:g}"/>')
@@ -240,7 +249,9 @@ def rows(
         for dot in dots:
             if dot.spread is not None and dot.spread[1] > dot.spread[0]:
                 ends = px(dot.spread[0]), px(dot.spread[1])
-                parts.append(f'<path class="line {dot.kind}" d="M{ends[0]:.1f} {middle:.1f}H{ends[1]:.1f}"/>')
+                parts.append(
+                    f'<path class="spread {dot.kind}" d="M{ends[0]:.1f} {middle:.1f}H{ends[1]:.1f}"/>'
+                )
             size = 5.5 if len(dots) == 1 else 3.5
             parts.append(
                 f'<circle class="dot {dot.kind}" cx="{px(dot.value):.1f}" cy="{middle:.1f}" r="{size}">'
