@@ -54,7 +54,7 @@ def attending(stored: Stored, context: int) -> Callable[[], None]:
     paged = attention.PagedAttention(
         spans, geometry, scratch, query, torch.empty_like(query), stored.precision
     )
-    return lambda: paged.attend(stored.blocks[0], stored.scales(0))
+    return lambda: paged.attend(stored.blocks[0], stored.scales(0), stored.fine(0))
 
 
 def timed_ms(run: Callable[[], object]) -> float:

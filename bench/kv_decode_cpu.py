@@ -66,7 +66,7 @@ def attending(stored: Stored, batch: int, context: int, gather_bytes: int = GATH
     def run() -> None:
         query.copy_(fresh)  # codes use it up
         for group in groups:
-            group.attend(stored.blocks[0], stored.scales(0))
+            group.attend(stored.blocks[0], stored.scales(0), stored.fine(0))
 
     return run
 

@@ -20,7 +20,7 @@ from kvkernels.scratch import Scratch
 class Part(Protocol):
     """Spans that are attended to in one go, bound to their rows."""
 
-    def attend(self, blocks: Tensor, scales: Tensor | None = None) -> None: ...
+    def attend(self, blocks: Tensor, scales: Tensor | None = None, fine: Tensor | None = None) -> None: ...
 
 
 class Backend(Protocol):
@@ -45,6 +45,7 @@ class Backend(Protocol):
         scratch: Scratch,
         precision: Precision,
         inverse: Tensor | None,
+        fine: Tensor | None,
     ) -> None: ...
 
     def accumulate(
@@ -57,6 +58,7 @@ class Backend(Protocol):
         scratch: Scratch,
         precision: Precision,
         scales: Tensor | None,
+        fine: Tensor | None,
     ) -> None: ...
 
     def copy(self, blocks: Tensor, pairs: Sequence[tuple[int, int]]) -> None: ...
@@ -77,13 +79,14 @@ class PagedAttention:
         backend = backend_of(query.device)
         self._parts = list(backend.parts(spans, geometry, scratch, query, out, precision))
 
-    def attend(self, blocks: Tensor, scales: Tensor | None = None) -> None:
+    def attend(self, blocks: Tensor, scales: Tensor | None = None, fine: Tensor | None = None) -> None:
         """`blocks` is one layer's pool viewed as [blocks, elements of a block].
 
         Where the precision is scaled, `scales` is [2, kv_heads, 1, head_dim] and `query` may be used up.
+        `fine` [blocks, 2 * kv_heads, block_size] are the steps of vectors, where they have some.
         """
         for part in self._parts:
-            part.attend(blocks, scales)
+            part.attend(blocks, scales, fine)
 
 
 def write(
@@ -94,12 +97,15 @@ def write(
     scratch: Scratch,
     precision: Precision = FP32,
     inverse: Tensor | None = None,
+    fine: Tensor | None = None,
 ) -> None:
     """Put the step's KV into one layer's pool viewed as [token slots, elements of a token].
 
-    `inverse` [2 * kv_heads, head_dim] is one over the scales; with it `kv` may be used up.
+    `inverse` [2 * kv_heads, head_dim] is one over the scales; with it `kv` may be used up. `fine`
+    [blocks, 2 * kv_heads, block_size] takes the step of each vector, which is searched; without it the scales
+    of heads are those of vectors too.
     """
-    backend_of(kv.device).write(tokens, slots, kv, head_dim, scratch, precision, inverse)
+    backend_of(kv.device).write(tokens, slots, kv, head_dim, scratch, precision, inverse, fine)
 
 
 def accumulate(
@@ -111,6 +117,7 @@ def accumulate(
     scratch: Scratch,
     precision: Precision = FP32,
     scales: Tensor | None = None,
+    fine: Tensor | None = None,
 ) -> None:
     """Add to `mass` [token slots, kv_heads] the attention that each slot draws from the spans' rows.
 
@@ -120,7 +127,7 @@ def accumulate(
     before `attend`.
     """
     backend = backend_of(query.device)
-    backend.accumulate(mass, query, blocks, spans, geometry, scratch, precision, scales)
+    backend.accumulate(mass, query, blocks, spans, geometry, scratch, precision, scales, fine)
 
 
 def copy(blocks: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
@@ -142,7 +149,7 @@ def rescale(
 ) -> None:
     """Multiply the codes of blocks `rows` by `ratio` [2 * kv_heads, head_dim]: their scales have grown.
 
-    In torch on any device: it is rare.
+    Steps of vectors stay: they multiply whatever the scale is. In torch on any device: it is rare.
     """
     from kvkernels import torch_backend
 

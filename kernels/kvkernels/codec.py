@@ -2,14 +2,16 @@
 
 A code is `value * inverse`, rounded to nearest even and held within the precision's limit; `inverse` is one
 over the scale, [2 * kv_heads, head_dim]. fp8 codes are e4m3 bytes. Two int4 codes share a byte: channel c of
-a head is the low half of byte c, channel c + head_dim / 2 the high half. O(elements), no allocation.
+a head is the low half of byte c, channel c + head_dim / 2 the high half. O(elements), no allocation but what
+the search for fine scales takes.
 """
 
 import torch
 from torch import Tensor
 
+from kvkernels import fine as fine_scales
 from kvkernels.geometry import CODE_BYTES, Geometry
-from kvkernels.precision import BF16, FP8, FP32, INT4, INT8, Precision
+from kvkernels.precision import BF16, FINE_STEPS, FP8, FP32, INT4, INT8, Precision
 from kvkernels.scratch import Scratch
 
 DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP8: torch.int8, INT8: torch.int8, INT4: torch.int8}
@@ -22,10 +24,16 @@ number over this: exact for every code, and much faster than torch's own cast on
 """
 
 
-def encode(kv: Tensor, inverse: Tensor | None, precision: Precision, scratch: Scratch) -> Tensor:
+def encode(
+    kv: Tensor,
+    inverse: Tensor | None,
+    precision: Precision,
+    scratch: Scratch,
+    fine: Tensor | None = None,
+) -> Tensor:
     """`kv` [rows, token_floats] as codes [rows, codes of a token], in scratch. Uses `kv` up.
 
-    Rows must fit, see `encode_rows`.
+    Rows must fit, see `encode_rows`. `fine` [rows, 2 * kv_heads] is filled with steps that are searched.
     """
     rows, width = kv.shape
     if inverse is not None:
@@ -34,6 +42,10 @@ def encode(kv: Tensor, inverse: Tensor | None, precision: Precision, scratch: Sc
         return _room(scratch, 0, rows * width * 2, torch.bfloat16).view(rows, width).copy_(kv)
     assert precision.limit is not None
     assert inverse is not None
+    if fine is not None:
+        vectors = kv.unflatten(1, inverse.shape)
+        fine.copy_(fine_scales.search(vectors.reshape(-1, inverse.shape[1])).view(fine.shape))
+        vectors.mul_(fine_scales.inverse_factors(kv.device)[fine.int()].unsqueeze(2))
     kv.clamp_(-precision.limit, precision.limit)
     codes = _room(scratch, 0, rows * width, torch.int8).view(rows, width)
     if precision is FP8:
@@ -70,11 +82,23 @@ class Gather:
         self._codes = _room(scratch, first, stored, DTYPES[precision]).view(blocks, -1)
         self._halves = _room(scratch, 0, elements * 2, torch.int16).view(blocks, -1)
         self._nibbles = _room(scratch, 0, elements // 2, torch.int8).view(blocks, -1)
-        vectors = self.floats.view(-1, 2, geometry.head_dim // 2)
-        self._low, self._high = vectors.unbind(1)
+        halves = self.floats.view(-1, 2, geometry.head_dim // 2)
+        self._low, self._high = halves.unbind(1)
+        if not precision.fine:
+            return
+        # Where the halves of codes were: those are floats by then.
+        shape = (blocks, 2 * geometry.kv_heads, geometry.block_size)
+        vectors = elements // geometry.head_dim
+        self._factors = _room(scratch, 0, vectors * 4, torch.float32).view(shape)
+        self._fine = _room(scratch, vectors * 4, vectors, torch.uint8).view(shape)
+        self._vectors = self.floats.view(
+            blocks, geometry.block_size, 2 * geometry.kv_heads, geometry.head_dim
+        )
 
-    def fetch(self, blocks: Tensor) -> None:
-        """`blocks` is one layer's pool, a row a block, viewed as its precision's dtype."""
+    def fetch(self, blocks: Tensor, fine: Tensor | None = None) -> None:
+        """`blocks` is one layer's pool, a row a block, viewed as its precision's dtype; `fine`
+        [blocks, 2 * kv_heads, block_size] multiplies what is fetched.
+        """
         torch.index_select(blocks, 0, self._table, out=self._codes)
         precision, codes = self._precision, self._codes
         if precision is FP8:
@@ -86,6 +110,10 @@ class Gather:
             self._high.copy_(torch.bitwise_right_shift(codes, 4, out=nibbles).view(self._low.shape))
         elif precision is not FP32:
             self.floats.copy_(codes)
+        if fine is not None:
+            torch.index_select(fine, 0, self._table, out=self._fine)
+            factors = self._factors.copy_(self._fine).mul_(1 / FINE_STEPS).exp2_()
+            self._vectors.mul_(factors.transpose(1, 2).unsqueeze(3))
 
 
 def fetched_scale(precision: Precision) -> float:

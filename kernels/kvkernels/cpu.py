@@ -93,9 +93,9 @@ class DecodeGroup:
             mask = torch.zeros(size, longest, device=device).masked_fill_(hidden, float("-inf"))
             self._mask = mask.view(size, 1, 1, longest)
 
-    def attend(self, blocks: Tensor, scales: Tensor | None = None) -> None:
-        """`blocks` is one layer's pool, a row a block; `scales` [2, kv_heads, 1, head_dim] are its codes'."""
-        self._gather.fetch(blocks)
+    def attend(self, blocks: Tensor, scales: Tensor | None = None, fine: Tensor | None = None) -> None:
+        """As `attention.PagedAttention.attend`."""
+        self._gather.fetch(blocks, fine)
         if scales is None:
             self._out.copy_(scaled_dot_product_attention(self._query, self._keys, self._values, self._mask))
             return

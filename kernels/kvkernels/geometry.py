@@ -8,7 +8,7 @@ same bytes of a block hold more tokens: a geometry with a larger `block_size`.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvkernels.precision import MAX_PACKING
+from kvkernels.precision import FINE_STEPS, MAX_PACKING
 
 FLOAT_BYTES = 4
 
@@ -97,3 +97,17 @@ def band_floats(window: int | None) -> int:
 def mask_floats(max_context: int) -> int:
     """The causal mask of one tile at any offset; see `scratch.Scratch`."""
     return TILE_ROWS * (max_context + TILE_ROWS)
+
+
+MANTISSA_BITS = 8
+MANTISSAS = 1 << MANTISSA_BITS
+"""Rows of the table by which fine scales are searched; see `fine`."""
+
+SEARCHED_VECTORS = 4096
+"""At a time, so that a search takes little memory."""
+
+
+def search_bytes(head_dim: int) -> int:
+    """The most that a search holds at once: rows, weights, errors and what they say; and its tables."""
+    a_vector = 4 * (3 * head_dim + FINE_STEPS) + 16
+    return SEARCHED_VECTORS * a_vector + 4 * (MANTISSAS + 1) * FINE_STEPS

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvkernels.geometry import Geometry, Span
 from kvkernels.paged_decode import TILE_POSITIONS, padded_tables
 from kvkernels.precision import FP32, INT4, Precision
-from kvkernels.triton_codes import as_kernel_pool, load_values
+from kvkernels.triton_codes import as_kernel_pool, load_factors, load_values
 
 
 @triton.jit
@@ -23,6 +23,7 @@ def _kernel(
     query,
     pool,
     scales,
+    fine,
     tables,
     lines,
     query_row_stride,
@@ -36,6 +37,7 @@ def _kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
+    FINE: tl.constexpr,
     INT4: tl.constexpr,
 ):
     line, kv_head = tl.program_id(0), tl.program_id(1)
@@ -64,6 +66,10 @@ def _kernel(
             rows = slots[:, None] * token_stride + kv_head * DIM
             k = load_values(pool, rows, dims[None, :], mask, DIM, INT4)
             scores = tl.sum(q[:, None, :] * k[None, :, :], axis=2)
+            if FINE:
+                there = positions % BLOCK_SIZE
+                factors = load_factors(fine, block, there, kv_head, seen, 2 * KV_HEADS, BLOCK_SIZE)
+                scores = scores * factors[None, :]
             scores = tl.where(seen[None, :], scores, float("-inf"))
             if walk == 0:
                 new_best = tl.maximum(best, tl.max(scores, axis=1))
@@ -84,6 +90,7 @@ def accumulate(
     geometry: Geometry,
     precision: Precision = FP32,
     scales: Tensor | None = None,
+    fine: Tensor | None = None,
 ) -> None:
     """As `attention.accumulate`."""
     tables = padded_tables(spans, geometry, query.device)
@@ -97,6 +104,7 @@ def accumulate(
         query,
         as_kernel_pool(blocks, precision),
         query if scales is None else scales,
+        query if fine is None else fine,
         tables,
         torch.tensor(lines, dtype=torch.int32, device=query.device),
         query.stride(0),
@@ -110,5 +118,6 @@ def accumulate(
         BLOCK_SIZE=geometry.block_size,
         TILE=TILE_POSITIONS,
         SCALED=precision.scaled,
+        FINE=fine is not None,
         INT4=precision is INT4,
     )

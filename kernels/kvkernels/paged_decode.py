@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvkernels.geometry import Geometry, Span
 from kvkernels.precision import FP32, INT4, Precision
-from kvkernels.triton_codes import as_kernel_pool, load_values
+from kvkernels.triton_codes import as_kernel_pool, load_factors, load_values
 
 
 @triton.jit
@@ -22,6 +22,7 @@ def _kernel(
     query,
     pool,
     scales,
+    fine,
     tables,
     contexts,
     out,
@@ -37,6 +38,7 @@ def _kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
+    FINE: tl.constexpr,
     INT4: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -72,11 +74,18 @@ def _kernel(
         k = load_values(pool, rows[:, None], dims[None, :], mask, DIM, INT4)
         v = load_values(pool, rows[:, None] + KV_HEADS * DIM, dims[None, :], mask, DIM, INT4)
         scores = tl.sum(q[:, None, :] * k[None, :, :], axis=2)
+        if FINE:
+            there = positions % BLOCK_SIZE
+            factors = load_factors(fine, block, there, kv_head, seen, 2 * KV_HEADS, BLOCK_SIZE)
+            scores = scores * factors[None, :]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))
         shrink = tl.exp(best - new_best)
         weights = tl.exp(scores - new_best[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
+        if FINE:
+            factors = load_factors(fine, block, there, KV_HEADS + kv_head, seen, 2 * KV_HEADS, BLOCK_SIZE)
+            weights = weights * factors[None, :]
         mixed = mixed * shrink[:, None] + tl.sum(weights[:, :, None] * v[None, :, :], axis=1)
         best = new_best
     result = mixed / total[:, None]
@@ -104,13 +113,14 @@ class PagedDecode:
         self._query = query[first : first + len(spans)]
         self._out = out[first : first + len(spans)]
 
-    def attend(self, blocks: Tensor, scales: Tensor | None = None) -> None:
-        """`blocks` is one layer's pool, a row a block; `scales` [2, kv_heads, 1, head_dim] are its codes'."""
+    def attend(self, blocks: Tensor, scales: Tensor | None = None, fine: Tensor | None = None) -> None:
+        """As `attention.PagedAttention.attend`."""
         geometry = self._geometry
         _kernel[(self._query.shape[0], geometry.kv_heads)](
             self._query,
             as_kernel_pool(blocks, self._precision),
             self._query if scales is None else scales,
+            self._query if fine is None else fine,
             self._tables,
             self._contexts,
             self._out,
@@ -126,6 +136,7 @@ class PagedDecode:
             BLOCK_SIZE=geometry.block_size,
             TILE=TILE_POSITIONS,
             SCALED=self._precision.scaled,
+            FINE=fine is not None,
             INT4=self._precision is INT4,
             WINDOW=geometry.window or 0,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvkernels.geometry import Geometry, Span
 from kvkernels.paged_decode import padded_tables
 from kvkernels.precision import FP32, INT4, Precision
-from kvkernels.triton_codes import as_kernel_pool, load_values
+from kvkernels.triton_codes import as_kernel_pool, load_factors, load_values
 
 TILE_QUERIES = 16
 TILE_POSITIONS = 32
@@ -25,6 +25,7 @@ def _kernel(
     query,
     pool,
     scales,
+    fine,
     tables,
     tiles,
     out,
@@ -40,6 +41,7 @@ def _kernel(
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
+    FINE: tl.constexpr,
     INT4: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -77,6 +79,10 @@ def _kernel(
         k = load_values(pool, rows[:, None], dims[None, :], mask, DIM, INT4)
         v = load_values(pool, rows[:, None] + KV_HEADS * DIM, dims[None, :], mask, DIM, INT4)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if FINE:
+            there = positions % BLOCK_SIZE
+            factors = load_factors(fine, block, there, kv_head, inside, 2 * KV_HEADS, BLOCK_SIZE)
+            scores = scores * factors[None, :]
         seen = inside[None, :] & (positions[None, :] <= start + lines[:, None])
         if WINDOW:
             seen = seen & (positions[None, :] > start + lines[:, None] - WINDOW)
@@ -89,6 +95,9 @@ def _kernel(
         shrink = tl.exp(best - finite)
         weights = tl.exp(scores - finite[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
+        if FINE:
+            factors = load_factors(fine, block, there, KV_HEADS + kv_head, inside, 2 * KV_HEADS, BLOCK_SIZE)
+            weights = weights * factors[None, :]
         mixed = mixed * shrink[:, None] + tl.dot(weights, v, input_precision="ieee")
         best = new_best
     result = mixed / total[:, None]
@@ -118,13 +127,14 @@ class PagedPrefill:
         self._tiles = torch.tensor(tiles, dtype=torch.int32, device=query.device)
         self._geometry, self._precision, self._query, self._out = geometry, precision, query, out
 
-    def attend(self, blocks: Tensor, scales: Tensor | None = None) -> None:
-        """`blocks` is one layer's pool, a row a block; `scales` [2, kv_heads, 1, head_dim] are its codes'."""
+    def attend(self, blocks: Tensor, scales: Tensor | None = None, fine: Tensor | None = None) -> None:
+        """As `attention.PagedAttention.attend`."""
         geometry = self._geometry
         _kernel[(len(self._tiles), geometry.heads)](
             self._query,
             as_kernel_pool(blocks, self._precision),
             self._query if scales is None else scales,
+            self._query if fine is None else fine,
             self._tables,
             self._tiles,
             self._out,
@@ -140,6 +150,7 @@ class PagedPrefill:
             QUERIES=TILE_QUERIES,
             TILE=TILE_POSITIONS,
             SCALED=self._precision.scaled,
+            FINE=fine is not None,
             INT4=self._precision is INT4,
             WINDOW=geometry.window or 0,
         )

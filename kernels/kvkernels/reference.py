@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.geometry import Span
-from kvkernels.precision import BF16, FP8, FP32, INT4, Precision
+from kvkernels.precision import BF16, FINE_STEPS, FP8, FP32, INT4, Precision
 
 
 def write(pool: Tensor, slots: Sequence[int], kv: Tensor) -> None:
@@ -46,14 +46,35 @@ def attend(query: Tensor, pool: Tensor, spans: Sequence[Span], window: int | Non
     return out
 
 
-def codes(kv: Tensor, scales: Tensor | None, precision: Precision) -> Tensor:
+def fine_factors(steps: Tensor) -> Tensor:
+    """What steps multiply their heads' scales by, as exactly as fp32 has it."""
+    return torch.exp2(steps.double() / FINE_STEPS).float()
+
+
+def fine_errors(kv: Tensor, scales: Tensor) -> Tensor:
+    """What each vector of `kv` [tokens, 2 * kv_heads, head_dim] loses at each step, [.., FINE_STEPS]: the sum
+    of its squared errors.
+    """
+    lost = []
+    for step in range(FINE_STEPS):
+        steps = torch.full(kv.shape[:2], step, device=kv.device)
+        stored = values(codes(kv, scales, FP8, steps), scales, FP8, kv.shape[2], steps)
+        lost.append((stored - kv).square().sum(2))
+    return torch.stack(lost, 2)
+
+
+def codes(kv: Tensor, scales: Tensor | None, precision: Precision, fine: Tensor | None = None) -> Tensor:
     """`kv` [tokens, 2 * kv_heads, head_dim] as it is stored at `precision`, [tokens, elements of a token].
 
-    `scales` [2 * kv_heads, head_dim] are powers of two in tests that ask for equal bits.
+    `scales` [2 * kv_heads, head_dim] are powers of two in tests that ask for equal bits. `fine`
+    [tokens, 2 * kv_heads] are steps; rounding is of the product with one over what a step multiplies by.
     """
     if precision is FP32 or precision is BF16:
         return kv.to(torch.float32 if precision is FP32 else torch.bfloat16).flatten(1)
-    scaled = (kv / scales).clamp(-precision.limit, precision.limit)
+    scaled = kv / scales
+    if fine is not None:
+        scaled = scaled * torch.exp2(-fine.double() / FINE_STEPS).float().unsqueeze(2)
+    scaled = scaled.clamp(-precision.limit, precision.limit)
     if precision is FP8:
         return scaled.to(torch.float8_e4m3fn).view(torch.int8).flatten(1)
     whole = torch.round(scaled).to(torch.int32)
@@ -64,7 +85,9 @@ def codes(kv: Tensor, scales: Tensor | None, precision: Precision) -> Tensor:
     return whole.to(torch.int8).flatten(1)
 
 
-def values(stored: Tensor, scales: Tensor | None, precision: Precision, head_dim: int) -> Tensor:
+def values(
+    stored: Tensor, scales: Tensor | None, precision: Precision, head_dim: int, fine: Tensor | None = None
+) -> Tensor:
     """Inverse of `codes`, up to what rounding lost: fp32 [tokens, 2 * kv_heads, head_dim]."""
     if not precision.scaled:
         return stored.float().unflatten(1, (-1, head_dim))
@@ -77,7 +100,7 @@ def values(stored: Tensor, scales: Tensor | None, precision: Precision, head_dim
         code = torch.where(both > 7, both - 16, both).flatten(2).float()
     else:
         code = stored.float().unflatten(1, (-1, head_dim))
-    return code * scales
+    return code * scales * (1 if fine is None else fine_factors(fine).unsqueeze(2))
 
 
 def accumulate(mass: Tensor, query: Tensor, pool: Tensor, spans: Sequence[Span]) -> None:

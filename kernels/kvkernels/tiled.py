@@ -54,9 +54,9 @@ class TiledSpan:
                 )
             )
 
-    def attend(self, blocks: Tensor, scales: Tensor | None = None) -> None:
-        """`blocks` is one layer's pool, a row a block; `scales` [2, kv_heads, 1, head_dim] are its codes'."""
-        self._gather.fetch(blocks)
+    def attend(self, blocks: Tensor, scales: Tensor | None = None, fine: Tensor | None = None) -> None:
+        """As `attention.PagedAttention.attend`."""
+        self._gather.fetch(blocks, fine)
         if scales is None:
             for query, keys, values, mask, out in self._tiles:
                 out.copy_(scaled_dot_product_attention(query, keys, values, mask))

@@ -41,6 +41,7 @@ def write(
     scratch: Scratch,
     precision: Precision,
     inverse: Tensor | None,
+    fine: Tensor | None,
 ) -> None:
     """O(elements); codes are made in scratch, as many rows at a time as it holds."""
     if precision is FP32:
@@ -48,8 +49,11 @@ def write(
         return
     rows = encode_rows(kv.shape[1], scratch)
     for first in range(0, len(kv), rows):
-        codes = encode(kv[first : first + rows], inverse, precision, scratch)
-        tokens.index_copy_(0, slots[first : first + rows], codes)
+        some, places = kv[first : first + rows], slots[first : first + rows]
+        steps = None if fine is None else fine.new_empty(len(some), fine.shape[1])
+        tokens.index_copy_(0, places, encode(some, inverse, precision, scratch, steps))
+        if fine is not None and steps is not None:
+            fine.transpose(1, 2)[places // fine.shape[2], places % fine.shape[2]] = steps
 
 
 def accumulate(
@@ -61,6 +65,7 @@ def accumulate(
     scratch: Scratch,
     precision: Precision,
     scales: Tensor | None,
+    fine: Tensor | None,
 ) -> None:
     """One span at a time: a second pass over K, as no attention on a CPU gives its weights away. A tile of
     its rows at a time, so that weights stay small.
@@ -70,7 +75,7 @@ def accumulate(
     for span in spans:
         used = span.blocks[: geometry.blocks_for(span.context)]
         gather = Gather(indices(list(used), query.device), geometry, precision, scratch)
-        gather.fetch(blocks)
+        gather.fetch(blocks, fine)
         keys = gather.floats.view(-1, 2, kv_heads, dim)[: span.context, 0]
         rows = query[span.first_row : span.first_row + span.count].unflatten(1, (kv_heads, -1))
         rows = rows * factor if scales is None else rows * (scales[0] * factor)

@@ -35,8 +35,9 @@ def write(
     scratch: Scratch,
     precision: Precision,
     inverse: Tensor | None,
+    fine: Tensor | None,
 ) -> None:
-    paged_write.write(tokens, slots, kv, head_dim, precision, inverse)
+    paged_write.write(tokens, slots, kv, head_dim, precision, inverse, fine)
 
 
 def accumulate(
@@ -48,8 +49,9 @@ def accumulate(
     scratch: Scratch,
     precision: Precision,
     scales: Tensor | None,
+    fine: Tensor | None,
 ) -> None:
-    heavy_hitters.accumulate(mass, query, blocks, spans, geometry, precision, scales)
+    heavy_hitters.accumulate(mass, query, blocks, spans, geometry, precision, scales, fine)
 
 
 def copy(blocks: Tensor, pairs: Sequence[tuple[int, int]]) -> None:

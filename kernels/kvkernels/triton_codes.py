@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvkernels.precision import FP8, Precision
+from kvkernels.precision import FINE_STEPS, FP8, Precision
 
 _TO_INTEGER: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 * 2**23: a smaller fp32 plus this has no fraction left; so adding and subtracting it rounds to even."""
@@ -24,6 +24,16 @@ def load_values(pool, rows, dims, mask, DIM: tl.constexpr, INT4: tl.constexpr):
         byte = tl.load(pool + rows // 2 + dims % half, mask=mask, other=0).to(tl.int32)
         return ((byte << tl.where(dims < half, 28, 24)) >> 28).to(tl.float32)
     return tl.load(pool + rows + dims, mask=mask, other=0.0).to(tl.float32)
+
+
+_FINE_OCTAVE: tl.constexpr = tl.constexpr(1 / FINE_STEPS)
+
+
+@triton.jit
+def load_factors(fine, blocks, within, head, mask, HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """What the steps of vectors multiply their heads' scales by; `head` counts K's, then V's."""
+    at = (blocks.to(tl.int64) * HEADS + head) * BLOCK_SIZE + within
+    return tl.exp2(tl.load(fine + at, mask=mask, other=0).to(tl.float32) * _FINE_OCTAVE)
 
 
 @triton.jit

@@ -43,6 +43,18 @@ FULL = Precisions()
 """A pool of fp32."""
 
 
+def fine_packing(precisions: Precisions) -> int:
+    """Of the precision whose vectors have scales of their own; 0 where none is offered that has."""
+    return next((precisions.own.bits // one.bits for one in precisions.offered if one.fine), 0)
+
+
+def fine_bytes(precisions: Precisions, layers: int, kv_heads: int) -> int:
+    """Of such scales, for a token at the pool's own precision: a block has room for all that it could hold,
+    one byte for each K and V of each head.
+    """
+    return fine_packing(precisions) * layers * 2 * kv_heads
+
+
 def scale_bytes(precisions: Precisions, layers: int, kv_width: int) -> int:
     """What `kv.storage` keeps beside the pool: scale, inverse and reach of each channel, in fp32."""
     scaled = sum(one.scaled for one in precisions.offered)

@@ -2,7 +2,8 @@
 holds what is `kv.pool`'s business; which precision a sequence has is the scheduler's.
 
 Zeroed at the start, and again when a block changes its precision: attention multiplies hidden positions by
-zero, and zero times what other bits mean as a float is not always zero.
+zero, and zero times what other bits mean as a float is not always zero. Scales of single vectors lie in a
+plane beside it, block by block, and go where the block goes; any byte is a valid one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kvengine.kv.precisions import FULL, Precisions
+from kvengine.kv.precisions import FULL, Precisions, fine_packing
 from kvengine.kv.scales import Scales
 from kvkernels import attention
 from kvkernels.codec import DTYPES
@@ -38,6 +39,9 @@ class KvStorage:
         self.whole = torch.zeros(layers, blocks, block_bytes, dtype=torch.uint8, device=device)
         """[layers, blocks, block_bytes]"""
         self._memory = list(self.whole.unbind())
+        fine = blocks, 2 * geometry.kv_heads, geometry.block_size * fine_packing(precisions)
+        self.fine = torch.zeros(layers, *fine, dtype=torch.uint8, device=device)
+        """[layers, blocks, 2 * kv_heads, tokens of a block at the precision that has them, or 0]"""
         self._packings = [1] * blocks
         """What each block was last written in."""
         self._mixed = False
@@ -53,6 +57,11 @@ class KvStorage:
     def memory(self) -> Sequence[Tensor]:
         """Each layer's bytes, [blocks, block_bytes]."""
         return self._memory
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block in all layers, with what lies beside it."""
+        return (self.whole.nbytes + self.fine.nbytes) // self.whole.shape[1]
 
     def at(self, packing: int) -> "Stored":
         """The pool as sequences of this packing see it."""
@@ -93,6 +102,9 @@ class KvStorage:
         """Copy whole blocks, (source, destination): as if all were read, then all written."""
         for layer in self._memory:
             attention.copy(layer, copies)
+        if self.fine.numel():
+            for steps in self.fine.flatten(2):
+                attention.copy(steps, copies)
         packings = [self._packings[source] for source, _ in copies]
         for (_, destination), packing in zip(copies, packings, strict=True):
             self._packings[destination] = packing
@@ -111,6 +123,7 @@ class Stored:
         self.every_layer = storage.whole.view(dtype)
         self.tokens: list[Tensor] = [layer.view(-1, token_elements) for layer in self.blocks]
         self._storage = storage
+        self._fine: list[Tensor] | None = list(storage.fine.unbind()) if self.precision.fine else None
         self._scales: Scales | None = None
         if self.precision.scaled:
             device = storage.memory[0].device
@@ -125,11 +138,16 @@ class Stored:
                 self._move_codes(layer, before, scratch)
             inverse = scales.inverse[layer]
         dim = self.geometry.head_dim
-        attention.write(self.tokens[layer], slots, kv, dim, scratch, self.precision, inverse)
+        fine = self.fine(layer)
+        attention.write(self.tokens[layer], slots, kv, dim, scratch, self.precision, inverse, fine)
 
     def scales(self, layer: int) -> Tensor | None:
         """[2, kv_heads, 1, head_dim], or None where values are stored as they are."""
         return None if self._scales is None else self._scales.by_head[layer]
+
+    def fine(self, layer: int) -> Tensor | None:
+        """[blocks, 2 * kv_heads, tokens of a block], or None where heads' scales are all there are."""
+        return None if self._fine is None else self._fine[layer]
 
     def _move_codes(self, layer: int, ratio: Tensor, scratch: Scratch) -> None:
         """Scales grew: what is stored already must mean what it meant. A few times in an engine's life."""

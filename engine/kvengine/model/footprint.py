@@ -7,7 +7,7 @@ what torch really allocates by a test.
 from dataclasses import dataclass
 
 from kvengine.kv.plan import StepMemory, StepSize
-from kvengine.kv.precisions import FULL, Precisions, scale_bytes
+from kvengine.kv.precisions import FULL, Precisions, fine_bytes, fine_packing, scale_bytes
 from kvengine.model.config import INDEX_BYTES, ModelConfig
 from kvkernels.geometry import (
     CODE_BYTES,
@@ -17,6 +17,7 @@ from kvkernels.geometry import (
     band_floats,
     mask_floats,
     scratch_floats,
+    search_bytes,
 )
 
 DRAFT_CATCH_UP_TOKENS = 512
@@ -40,9 +41,10 @@ class Footprint:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """At the pool's own precision; a token stored smaller takes that much less."""
+        """At the pool's own precision, with fine scales; a token stored smaller takes that much less."""
         floats = sum(config.kv_bytes_per_token for config in self._models())
-        return floats * self.precisions.own.bits // 32
+        fine = sum(fine_bytes(self.precisions, one.layers, one.kv_heads) for one in self._models())
+        return floats * self.precisions.own.bits // 32 + fine
 
     @property
     def score_bytes_per_token(self) -> int:
@@ -55,12 +57,14 @@ class Footprint:
 
     @property
     def resident_bytes(self) -> int:
-        """Weights, rotation tables, attention's scratch and scales: held from start to end."""
+        """Weights, rotation tables, attention's scratch, scales and room to search for some: they stay."""
         tables = sum(self.max_model_len * config.head_dim + 1 for config in self._models())
         gathered = max(scratch_floats(geometry, self.max_model_len) for geometry in self.geometries())
         mask = mask_floats(self.max_model_len)
         mask += sum(band_floats(window) for window in {one.sliding_window for one in self._models()})
         scales = sum(scale_bytes(self.precisions, one.layers, one.kv_width) for one in self._models())
+        if fine_packing(self.precisions):
+            scales += search_bytes(max(one.head_dim for one in self._models()))
         floats = tables + gathered + mask
         return (
             self.weights_bytes

@@ -97,7 +97,7 @@ class Llama:
                     for span, profile in scored:
                         if profile is not None:
                             profile.observe(work.query, stored, layer, span, mass)
-                paged.attend(stored.blocks[layer], stored.scales(layer))
+                paged.attend(stored.blocks[layer], stored.scales(layer), stored.fine(layer))
             for single in by_head:
                 single.attend(layer, work.new_kv, work.query, work.mixed_heads)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvkernels import reference
 from kvkernels.geometry import Geometry, Span
-from kvkernels.precision import BF16, FP8, FP32, INT4, INT8, PRECISIONS, Precision
+from kvkernels.precision import BF16, FINE_STEPS, FP8, FP32, INT4, INT8, PRECISIONS, Precision
 from kvkernels.scratch import Scratch
 
 SMALL = [  # heads, kv_heads, head_dim, block_size, [(count, context)]
@@ -42,6 +42,7 @@ class World:
     query: Tensor
     stored: Tensor
     scales: Tensor | None
+    fine: Tensor | None
     meant: Tensor
     scratch: Scratch
 
@@ -65,14 +66,18 @@ def world(shape: tuple, precision: Precision, device: str, window: int | None = 
         row += count
     kv = torch.randn(blocks * block_size, 2 * kv_heads, dim, device=device)
     scales = scales_for(kv, precision)
-    stored = reference.codes(kv, scales, precision)
-    meant = reference.values(stored, scales, precision, dim).view(blocks, block_size, 2, kv_heads, dim)
+    steps = torch.randint(0, FINE_STEPS, kv.shape[:2], device=device) if precision.fine else None
+    stored = reference.codes(kv, scales, precision, steps)
+    meant = reference.values(stored, scales, precision, dim, steps)
+    meant = meant.view(blocks, block_size, 2, kv_heads, dim)
+    fine = None
+    if steps is not None:
+        fine = steps.view(blocks, block_size, -1).transpose(1, 2).to(torch.uint8).contiguous()
     # As in a step: query rows are part of wider rows, which also hold K and V.
     query = torch.randn(row, (heads + 2 * kv_heads) * dim, device=device)[:, : heads * dim]
     scratch = Scratch.for_geometries([geometry], max(c for _, c in lengths), torch.device(device))
-    return World(
-        geometry, spans, query.unflatten(1, (-1, dim)), stored.view(blocks, -1), scales, meant, scratch
-    )
+    query = query.unflatten(1, (-1, dim))
+    return World(geometry, spans, query, stored.view(blocks, -1), scales, fine, meant, scratch)
 
 
 def scales_for(kv: Tensor, precision: Precision) -> Tensor | None:
@@ -95,12 +100,12 @@ def attends(
     expected = reference.attend(given.query.clone(), given.meant, given.spans, window)
     out = torch.full(given.query.shape, float("nan"), device=device)
     for part in parts(given.spans, given.geometry, given.scratch, given.query, out, precision):
-        part.attend(given.stored, given.per_head)
+        part.attend(given.stored, given.per_head, given.fine)
     return difference(out, expected)
 
 
 def writes(precision: Precision, device: str, dim: int, spread: float, write: Callable) -> float:
-    """Share of stored bytes that differ from the reference's."""
+    """Share of stored bytes that differ from the reference's, at the steps that were found."""
     torch.manual_seed(3)
     kv_heads, rows, slots_count = 2, 6, 64
     wide = torch.randn(rows, 5 * kv_heads * dim, device=device) * spread
@@ -109,19 +114,44 @@ def writes(precision: Precision, device: str, dim: int, spread: float, write: Ca
     if scales is not None and spread < 0.1:
         scales.fill_(1.0)  # most of it falls among fp8's subnormals
     slots = torch.tensor([3, 60, 17, 5, 9, 33], device=device)
-    codes = reference.codes(kv.unflatten(1, (-1, dim)), scales, precision)
-    tokens = torch.zeros(slots_count, codes.shape[1], dtype=codes.dtype, device=device)
+    given = kv.unflatten(1, (-1, dim)).clone()
+    unset = reference.codes(given, scales, precision)
+    tokens = torch.zeros(slots_count, unset.shape[1], dtype=unset.dtype, device=device)
     expected = tokens.clone()
-    expected[slots] = codes
     scratch = Scratch(4096, 16, torch.device(device))
-    write(tokens, slots, kv, dim, scratch, precision, None if scales is None else 1 / scales)
+    fine = steps = None
+    if precision.fine:
+        fine = torch.full((slots_count // 16, 2 * kv_heads, 16), 7, dtype=torch.uint8, device=device)
+    write(tokens, slots, kv, dim, scratch, precision, None if scales is None else 1 / scales, fine)
+    if fine is not None:
+        by_token = fine.transpose(1, 2).reshape(slots_count, -1)
+        steps = by_token[slots]
+        others = torch.ones(slots_count, dtype=torch.bool, device=device).index_fill_(0, slots, False)
+        assert (by_token[others] == 7).all(), "steps of other tokens"
+    expected[slots] = reference.codes(given, scales, precision, steps)
     return (tokens.view(torch.uint8) != expected.view(torch.uint8)).float().mean().item()
 
 
-def cast_only(tokens, slots, kv, dim, scratch, precision, inverse) -> None:
+def searches(device: str, dim: int, write: Callable) -> float:
+    """How much larger squared errors are than at the best of all steps, which the reference tries out."""
+    torch.manual_seed(5)
+    rows, heads = 12, 2
+    given = torch.randn(rows, heads, dim, device=device)
+    scales = scales_for(given, FP8)
+    fine = torch.zeros(1, heads, rows, dtype=torch.uint8, device=device)
+    tokens = torch.zeros(rows, heads * dim, dtype=torch.int8, device=device)
+    scratch = Scratch(4096, 16, torch.device(device))
+    slots = torch.arange(rows, device=device)
+    write(tokens, slots, given.flatten(1).clone(), dim, scratch, FP8, 1 / scales, fine)
+    errors = reference.fine_errors(given, scales)
+    found = errors.gather(2, fine[0].T.long().unsqueeze(2))
+    return (found.sum() / errors.min(2)[0].sum() - 1).item()
+
+
+def cast_only(tokens, slots, kv, dim, scratch, precision, inverse, fine) -> None:
     """The Triton write without its own rounding."""
     paged_write = importlib.import_module("kvkernels.paged_write")
-    paged_write.write(tokens, slots, kv, dim, precision, inverse, round_first=False)
+    paged_write.write(tokens, slots, kv, dim, precision, inverse, fine, round_first=False)
 
 
 def accumulates(shape: tuple, precision: Precision, device: str, accumulate: Callable) -> float:
@@ -139,6 +169,7 @@ def accumulates(shape: tuple, precision: Precision, device: str, accumulate: Cal
         given.scratch,
         precision,
         given.per_head,
+        given.fine,
     )
     return difference(mass, expected)
 
@@ -170,6 +201,7 @@ def cases(backend: str, device: str, full: bool) -> Iterator[tuple[str, float]]:
         for dim in (8, 12):
             yield f"write {name} {dim}", writes(precision, device, dim, 3.0, kernels.write)
     yield "write fp8 tiny", writes(FP8, device, 8, 0.01, kernels.write)
+    yield "search fp8 32", searches(device, 32, kernels.write)
     if backend == "triton":
         yield "cast fp8", writes(FP8, device, 8, 3.0, cast_only)
         yield "cast bf16", writes(BF16, device, 8, 3.0, cast_only)

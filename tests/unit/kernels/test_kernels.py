@@ -27,6 +27,8 @@ EXACT = [
     "write fp8 tiny",
     *("copy torch.float32", "copy torch.bfloat16", "copy torch.int8", "copy chained"),
 ]
+NEAR = ["search fp8 32"]
+"""What follows from a table: the share by which errors are above the least there are."""
 CASTS = ["cast fp8", "cast bf16"]
 """What only the Triton backend has."""
 
@@ -58,9 +60,13 @@ class TestBothBackends:
     def test_what_is_stored_is_bit_for_bit_the_references(self, backend: str, case: str) -> None:
         assert differences(backend)[case] == 0.0
 
+    @pytest.mark.parametrize("case", NEAR)
+    def test_steps_that_are_found_err_about_as_little_as_the_best(self, backend: str, case: str) -> None:
+        assert 0.0 <= differences(backend)[case] < 0.02
+
     def test_no_case_is_left_out(self, backend: str) -> None:
         extra = CASTS if backend == "triton" else []
-        assert sorted(differences(backend)) == sorted([*CLOSE, *EXACT, *extra])
+        assert sorted(differences(backend)) == sorted([*CLOSE, *EXACT, *NEAR, *extra])
 
 
 @pytest.mark.xfail(strict=True, reason="Triton's interpreter casts to fp8 and bf16 wrongly")
@@ -76,4 +82,5 @@ def test_the_interpreter_casts_as_torch_does(case: str) -> None:
 def test_the_device_agrees(size: str) -> None:
     """Real kernels, real casts. fp32 sums of long contexts differ in order, so the bound is wider."""
     found = differences("triton", "--device", "cuda", *(["--full"] if size == "full" else []))
-    assert {case: gap for case, gap in found.items() if gap > (0.0 if case in EXACT else 2e-5)} == {}
+    bounds = dict.fromkeys(EXACT, 0.0) | dict.fromkeys(NEAR, 0.02)
+    assert {case: gap for case, gap in found.items() if gap > bounds.get(case, 2e-5)} == {}

@@ -31,8 +31,9 @@ class Mass:
         mass = self.layers[layer]
         fresh = [slot for span in spans for slot in span.slots(self._block_size)]
         mass.index_fill_(0, indices(fresh, mass.device), 0.0)
-        blocks, scales = stored.blocks[layer], stored.scales(layer)
-        attention.accumulate(mass, query, blocks, spans, stored.geometry, scratch, stored.precision, scales)
+        blocks, scales, fine = stored.blocks[layer], stored.scales(layer), stored.fine(layer)
+        geometry, precision = stored.geometry, stored.precision
+        attention.accumulate(mass, query, blocks, spans, geometry, scratch, precision, scales, fine)
 
     def of_blocks(self, blocks: Sequence[int], tokens: int) -> list[float]:
         """Sums over layers, heads and the first `tokens` tokens of the table `blocks`."""
