@@ -60,6 +60,7 @@ overflow:hidden;position:relative}
 font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.8rem;line-height:1.35;display:block}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.pair>*{min-width:0}
+h2+.pair{margin-top:.6rem}
 .knobs{display:grid;grid-template-columns:1fr 1fr;gap:.9rem 1.4rem;margin-top:.8rem}
 figure svg{display:block;width:100%;height:auto}.narrow{display:none}
 .over>figure{margin-top:.9rem}
@@ -70,7 +71,7 @@ border-bottom:1px solid var(--line)}
 th{font-weight:500;color:var(--soft)}td:first-child,th:first-child{text-align:left;padding-left:.35rem}
 thead th{font-size:.8rem}tbody tr:last-child>*{border-bottom:0}tr.strong td{font-weight:640}
 tbody tr:hover{background:var(--well)}
-td.text,th.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
+td.text,th.text{text-align:left;white-space:normal;overflow-wrap:break-word;min-width:7rem}
 th i{display:inline-block;width:.62rem;height:.62rem;border-radius:50%;margin-right:.35rem;
 background:var(--soft)}
 th i.pilot{background:var(--pilot)}th i.best{background:var(--best)}th i.single{background:var(--single)}
