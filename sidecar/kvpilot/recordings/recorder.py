@@ -36,6 +36,7 @@ STEP_FIELDS = (
     "decode_tokens_total",
     "drafted_tokens_total",
     "accepted_tokens_total",
+    "draft_rounds_total",
     "rejected_rounds_total",
     "decode_sequences_total",
     "context_tokens_total",

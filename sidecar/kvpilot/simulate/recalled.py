@@ -286,13 +286,22 @@ def _patience(recorded: Recorded, deployment: Deployment) -> dict[str, Patience]
 
 
 def acceptance_of(steps: Sequence[StepRecord]) -> float:
-    """Share of drafts that stood where they were looked at: each round ends at the first that did not."""
+    """The rate of independent drafts that gives as many accepted in a round as were recorded."""
+    names = ("draft_rounds_total", "drafted_tokens_total", "accepted_tokens_total")
     first, last = steps[0], steps[-1]
-    if "rejected_rounds_total" not in last or "accepted_tokens_total" not in last:
+    if any(name not in last for name in names):
         return USUAL_ACCEPTANCE
-    stood = last["accepted_tokens_total"] - first["accepted_tokens_total"]
-    fell = last["rejected_rounds_total"] - first["rejected_rounds_total"]
-    return stood / (stood + fell) if stood + fell else USUAL_ACCEPTANCE
+    rounds, drafted, accepted = (last[name] - first[name] for name in names)
+    if not rounds or not drafted:
+        return USUAL_ACCEPTANCE
+    depth, least, most = max(1, round(drafted / rounds)), 0.0, 1.0
+    for _ in range(30):
+        rate = (least + most) / 2
+        if sum(rate ** (place + 1) for place in range(depth)) < accepted / rounds:
+            least = rate
+        else:
+            most = rate
+    return (least + most) / 2
 
 
 def _window_s(recorded: Recorded, arrivals: Iterable[Arrival], limits: list[str]) -> tuple[float, float]:

@@ -139,6 +139,7 @@ ALLOWED = {
     *("time_ns", "duration_ns", "running", "waiting", "waiting_prompt_tokens", "kv_blocks_free"),
     *("kv_blocks_cached", "steps_total", "prefill_tokens_total", "decode_tokens_total"),
     *("drafted_tokens_total", "accepted_tokens_total", "rejected_rounds_total", "decode_sequences_total"),
+    "draft_rounds_total",
     *("context_tokens_total", "chunk_positions_total", "preemptions_total", "recomputed_tokens_total"),
     *("finished_total", "rejected_total", "cancelled_total", "failed_total", "oom_total"),
     *("prefix_tokens_queried_total", "prefix_tokens_hit_total"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import log
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import NamedTuple, Protocol
 
 from kvpilot.incident.recording import read_file
@@ -39,7 +39,7 @@ class Steps(NamedTuple):
     device: str
     steps: tuple[TimedStep, ...]
     gap_s: float
-    """Median time between steps of a busy engine."""
+    """Mean time between steps of a busy engine."""
 
 
 def recorded(path: Path) -> Steps:
@@ -93,15 +93,16 @@ def calibrated(recorded: Steps) -> Law:
     prompts = [step.features.prefill_tokens > 0 for step in steps]
     names = (*TERMS, *(f"{KNEE}{knee:g}" for knee in knees))
     ratios = [actual / made for actual, made in zip(seconds, predicted, strict=True)]
-    decoding = [ratio for ratio, prompt in zip(ratios, prompts, strict=True) if not prompt]
-    prefilling = [ratio for ratio, prompt in zip(ratios, prompts, strict=True) if prompt]
+    pairs = list(zip(seconds, predicted, strict=True))
+    decoding = [pair for pair, prompt in zip(pairs, prompts, strict=True) if not prompt]
+    prefilling = [pair for pair, prompt in zip(pairs, prompts, strict=True) if prompt]
     return Law(
         engine=recorded.engine,
         model=recorded.model,
         device=recorded.device,
         terms=dict(zip(names, coefficients, strict=True)),
-        decoding=_quantiles(decoding if len(decoding) >= LEAST_RESIDUALS else ratios),
-        prefilling=_quantiles(prefilling if len(prefilling) >= LEAST_RESIDUALS else ratios),
+        decoding=_noise(decoding if len(decoding) >= LEAST_RESIDUALS else pairs),
+        prefilling=_noise(prefilling if len(prefilling) >= LEAST_RESIDUALS else pairs),
         correlation=_correlation(ratios),
         gap_s=recorded.gap_s,
         fidelity=Fidelity(
@@ -152,10 +153,16 @@ def _error(predicted: Sequence[float], actual: Sequence[float]) -> Error:
     return Error(len(errors), errors[len(errors) // 2], errors[int(0.9 * (len(errors) - 1))])
 
 
-def _quantiles(ratios: Sequence[float]) -> tuple[float, ...]:
-    ordered = sorted(ratios)
+def _noise(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:
+    """Quantiles of actual over predicted, by (actual, predicted). All of them moved by one factor, so that
+    the recorded steps, simulated, take as long together as they took: short steps scatter further, and a mean
+    of ratios counts them as much as long ones.
+    """
+    ordered = sorted(actual / made for actual, made in pairs)
     last, kept = len(ordered) - 1, min(KEPT_RESIDUALS, len(ordered))
-    return tuple(ordered[round(last * i / max(kept - 1, 1))] for i in range(kept))
+    quantiles = [ordered[round(last * i / max(kept - 1, 1))] for i in range(kept)]
+    whole = sum(actual for actual, _ in pairs) / sum(made for _, made in pairs)
+    return tuple(one * whole / fmean(quantiles) for one in quantiles)
 
 
 def _correlation(ratios: Sequence[float]) -> float:
@@ -168,7 +175,9 @@ def _correlation(ratios: Sequence[float]) -> float:
 
 
 def _gap_s(records: Sequence[StepRecord]) -> float:
-    """From the end of a step to the beginning of the next, where sequences were waiting to go on."""
+    """From the end of a step to the beginning of the next, where sequences were waiting to go on: the mean,
+    for what counts is the time that they take together.
+    """
     gaps_ns = [
         after["time_ns"] - after["duration_ns"] - before["time_ns"]
         for before, after in pairwise(records)
@@ -176,4 +185,4 @@ def _gap_s(records: Sequence[StepRecord]) -> float:
         and between(before, after) is not None
         and after["decode_sequences_total"] > before["decode_sequences_total"]
     ]
-    return max(0.0, median(gaps_ns) / 1e9) if gaps_ns else 0.0
+    return max(0.0, fmean(gaps_ns) / 1e9) if gaps_ns else 0.0
