@@ -102,8 +102,11 @@ def compare(
     seeds: int,
     processes: int | None,
     shown: Shown,
+    grid: Path | None = None,
 ) -> None:
-    """Fly and show. Raises what `Ground.stage` does, PolicyErrors, CompareError."""
+    """Fly and show; `grid` is where the settings were read, if they are not the shipped ones. Raises what
+    `Ground.stage` does, PolicyErrors, CompareError.
+    """
     from kvpilot.simulate.legs import load_policies
     from kvpilot.simulate.report.page import About
     from kvpilot.simulate.scoreboard import figures, fly
@@ -130,7 +133,7 @@ def compare(
         arrivals=len(asked.arrivals),
         oversized=asked.oversized,
         promises=asked.scene.promises.slos,
-        command=command(asks, policies, seeds),
+        command=command(asks, policies, seeds, grid),
         version=version(),
     )
     _write(board, about, shown)
@@ -166,7 +169,7 @@ def compare_ranks(asks: "OfTraces | OfScenario", asked: "Asked", processes: int 
     _show_bounds(bounds)
 
 
-def command(asks: "OfTraces | OfScenario", policies: Path, seeds: int) -> str:
+def command(asks: "OfTraces | OfScenario", policies: Path, seeds: int, grid: Path | None = None) -> str:
     """What flies the same again."""
     from kvpilot.policy_directory import shipped
     from kvpilot.simulate.grounds import OfScenario
@@ -181,6 +184,7 @@ def command(asks: "OfTraces | OfScenario", policies: Path, seeds: int) -> str:
         words += ["--plant", str(asks.plant)] if asks.plant is not None else []
     words += ["--device", asks.machine.device, "--model", asks.machine.model]
     words += ["--policies", str(policies)] if policies != shipped() else []
+    words += ["--grid", str(grid)] if grid is not None else []
     return shlex.join([*words, "--seed", str(asks.seed), "--seeds", str(seeds), "--compare"])
 
 

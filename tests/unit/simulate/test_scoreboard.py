@@ -215,6 +215,7 @@ def test_a_comparison_end_to_end(field: Path) -> None:
         said["legs"]["best static"]["goodput"] - said["legs"]["pilot"]["goodput"], abs=1e-9
     )
     assert said["ratios"]["vs_best_static"] > 0
+    assert said["command"].endswith(f"--grid {field / 'grid.yaml'} --seed 1 --seeds 2 --compare")
     assert set(said["floors"]) <= {"count", "class", "longest_fifth", "tenant", "smooth"}
     assert said["forecasts"]["hands_off"]["events"] == 0
 
