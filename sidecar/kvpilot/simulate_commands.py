@@ -117,7 +117,7 @@ def simulate(
             asks = asked_for(
                 *(trace or [], scenario, device, model, by, slice_, seconds, speed, seed, drafts, plant, grid)
             )
-            fly_compared(*asks, by, seeds, processes, Shown(as_json, report, plots))
+            fly_compared(*asks, by, seeds, processes, Shown(as_json, report, plots), grid)
             return
         if scenario is not None:
             settings = load(shipped_settings())
