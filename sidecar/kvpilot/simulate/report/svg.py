@@ -15,7 +15,7 @@ CHAR_PX = 6.1
 """A letter of the charts' text, about."""
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 30.0
 LEGEND_PX = 20.0
-NOTES_PX = 13.0
+NOTES_PX, NUDGE_PX = 13.0, 30.0
 """For what is written above stretches and lines of the x axis."""
 
 
@@ -190,12 +190,12 @@ def _band(mark: Mark, px: Callable[[float], float], top: float, tall: float) -> 
 
 
 def _notes(marks: Sequence[Mark], px: Callable[[float], float], y: float, width: float) -> str:
-    """What marks are called, above them; one that another's name leaves no room for goes unnamed."""
+    """What marks are called, above them, or a little beside; who finds no room there goes unnamed."""
     parts, free = [], 0.0
     for mark in sorted(marks):
         length = len(mark.label) * CHAR_PX * 0.93
-        at = min(px(mark.start), width - length)
-        if mark.label and at >= free:
+        at = min(max(px(mark.start), free), width - length)
+        if mark.label and free <= at <= px(mark.start) + NUDGE_PX:
             parts.append(f'<text class="note" x="{at:.1f}" y="{y:g}">{escape(mark.label)}</text>')
             free = at + length + 6
     return "".join(parts)
