@@ -9,11 +9,9 @@ the four. Then eviction, see `evicted.py`: 47 tokens after a prompt of 2,000 of 
 against full KV, with the prompt in chunks of 128 and whole. The model is small (`parameters`): what larger
 ones lose is not measured here.
 
-`fp8_top1` misses its bar: 0.98. e4m3 has three bits of mantissa and rounds each value by a share of itself,
-twice as much as int8 rounds KV by, and no scale that tokens share changes that. `fp8_frontier.py` measures
-what would: a scale for each token and head, searched for the least error, reaches 0.99 at 1.95 times 16 bits
-(6 bits beside 32 codes of 8). The kernels have no place for scales by token; int8 is the format of eight bits
-to take here.
+fp8 stands just above its bar: 0.991 where int8 has 0.995. e4m3 rounds each value by a share of itself, and
+under the scales of heads alone it is 0.98 (`fp8_frontier.py`); what takes it over is a scale for each token
+and head, searched for the least error, of which one byte is stored. `compression` counts those bytes.
 """
 
 import argparse
@@ -71,8 +69,7 @@ class Scorer:
 
     def bytes_per_token(self, packing: int) -> float:
         """What the pool really gives a token."""
-        block_bytes = sum(layer.shape[1] for layer in self.storage.memory)
-        return block_bytes / self.storage.at(packing).geometry.block_size
+        return self.storage.block_bytes / self.storage.at(packing).geometry.block_size
 
 
 def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[frame.Bar]]:

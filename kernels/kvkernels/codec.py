@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvkernels import fine as fine_scales
-from kvkernels.geometry import CODE_BYTES, Geometry
+from kvkernels.geometry import CODE_BYTES, SEARCHED_VECTORS, Geometry
 from kvkernels.precision import BF16, FINE_STEPS, FP8, FP32, INT4, INT8, Precision
 from kvkernels.scratch import Scratch
 
@@ -33,7 +33,7 @@ def encode(
 ) -> Tensor:
     """`kv` [rows, token_floats] as codes [rows, codes of a token], in scratch. Uses `kv` up.
 
-    Rows must fit, see `encode_rows`. `fine` [rows, 2 * kv_heads] is filled with steps that are searched.
+    Rows must fit, see `encode_rows`. `fine` [rows, 2 * kv_heads] is filled with the steps of vectors.
     """
     rows, width = kv.shape
     if inverse is not None:
@@ -44,8 +44,10 @@ def encode(
     assert inverse is not None
     if fine is not None:
         vectors = kv.unflatten(1, inverse.shape)
-        fine.copy_(fine_scales.search(vectors.reshape(-1, inverse.shape[1])).view(fine.shape))
-        vectors.mul_(fine_scales.inverse_factors(kv.device)[fine.int()].unsqueeze(2))
+        steps = fine_scales.search(vectors.reshape(-1, inverse.shape[1]))
+        fine.copy_(steps.view(fine.shape))
+        factors = fine_scales.inverse_factors(kv.device).index_select(0, steps)
+        vectors.mul_(factors.view(*fine.shape, 1))
     kv.clamp_(-precision.limit, precision.limit)
     codes = _room(scratch, 0, rows * width, torch.int8).view(rows, width)
     if precision is FP8:
@@ -62,9 +64,10 @@ def encode(
     return packed.view(rows, width // 2)
 
 
-def encode_rows(width: int, scratch: Scratch) -> int:
-    """How many rows `encode` takes at a time."""
-    return scratch.codes.numel() // (CODE_BYTES * width)
+def encode_rows(width: int, scratch: Scratch, searched: int = 0) -> int:
+    """How many rows `encode` takes at a time; `searched` of each row's vectors search a step."""
+    rows = scratch.codes.numel() // (CODE_BYTES * width)
+    return min(rows, max(1, SEARCHED_VECTORS // searched)) if searched else rows
 
 
 class Gather:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from kvkernels.geometry import MANTISSA_BITS, MANTISSAS, SEARCHED_VECTORS
+from kvkernels.geometry import MANTISSA_BITS, MANTISSAS
 from kvkernels.precision import FINE_STEPS
 
 MANTISSA_SHIFT = 23 - MANTISSA_BITS
@@ -28,14 +28,13 @@ _SAMPLES = 8
 
 
 def search(vectors: Tensor) -> Tensor:
-    """The step [vectors] of each of `vectors` [vectors, head_dim], fp32 and contiguous, that errs least."""
+    """The step [vectors] of each of `vectors` [vectors, head_dim], fp32 and contiguous, that errs least.
+
+    SEARCHED_VECTORS at most: it takes `search_bytes`.
+    """
+    rows = (vectors.view(torch.int32) >> MANTISSA_SHIFT).bitwise_and_(MANTISSAS - 1)
     table = squared_errors(vectors.device)
-    found = torch.empty(len(vectors), dtype=torch.uint8, device=vectors.device)
-    for part, steps in zip(vectors.split(SEARCHED_VECTORS), found.split(SEARCHED_VECTORS), strict=True):
-        rows = (part.view(torch.int32) >> MANTISSA_SHIFT).bitwise_and_(MANTISSAS - 1)
-        errors = embedding_bag(rows, table, mode="sum", per_sample_weights=part.square())
-        steps.copy_(errors.argmin(1))
-    return found
+    return embedding_bag(rows, table, mode="sum", per_sample_weights=vectors.square()).argmin(1)
 
 
 @cache

@@ -103,11 +103,11 @@ MANTISSA_BITS = 8
 MANTISSAS = 1 << MANTISSA_BITS
 """Rows of the table by which fine scales are searched; see `fine`."""
 
-SEARCHED_VECTORS = 4096
-"""At a time, so that a search takes little memory."""
+SEARCHED_VECTORS = 512
+"""At a time, so that what a search reads back is still in a core's cache."""
 
 
 def search_bytes(head_dim: int) -> int:
-    """The most that a search holds at once: rows, weights, errors and what they say; and its tables."""
-    a_vector = 4 * (3 * head_dim + FINE_STEPS) + 16
+    """The most that a search holds at once: values, rows, weights, errors, what follows; and its tables."""
+    a_vector = 4 * (3 * head_dim + FINE_STEPS) + 64
     return SEARCHED_VECTORS * a_vector + 4 * (MANTISSAS + 1) * FINE_STEPS

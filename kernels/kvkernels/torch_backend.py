@@ -47,7 +47,7 @@ def write(
     if precision is FP32:
         tokens.index_copy_(0, slots, kv)
         return
-    rows = encode_rows(kv.shape[1], scratch)
+    rows = encode_rows(kv.shape[1], scratch, 0 if fine is None else fine.shape[1])
     for first in range(0, len(kv), rows):
         some, places = kv[first : first + rows], slots[first : first + rows]
         steps = None if fine is None else fine.new_empty(len(some), fine.shape[1])

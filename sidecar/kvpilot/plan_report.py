@@ -31,6 +31,7 @@ def as_object(serving: "Serving", device: "Device | None", others: "Iterable[Alt
         "after_weights_bytes": serving.after_weights_bytes,
         "kv_fraction": question.kv_fraction,
         "kv_bytes_per_token": serving.kv_bytes_per_token,
+        "fine_scale_bytes_per_token": fine_bytes_per_token(serving),
         **_figures(serving),
         "sequence_tokens": serving.sequence_tokens,
         "sequence_blocks": serving.sequence_blocks,
@@ -61,6 +62,14 @@ def _figures(serving: "Serving") -> dict[str, Any]:
     }
 
 
+def fine_bytes_per_token(serving: "Serving") -> int | None:
+    """Of scales beside codes, on one device: those of the reference engine, which the plan leaves out."""
+    model, precision = serving.question.model, serving.question.kv_precision
+    if model is None or precision is None:
+        return None
+    return model.fine_bytes_per_token(precision, serving.question.tp)
+
+
 def notes(serving: "Serving", device: "Device | None") -> list[str]:
     """What a reader must know to read the figures right."""
     from kvengine.kv.plan.units import written
@@ -88,6 +97,9 @@ def notes(serving: "Serving", device: "Device | None") -> list[str]:
         said.append(
             f"{model.windowed_layers} of {model.layers} layers have a window; all are counted as without one"
         )
+    if fine := fine_bytes_per_token(serving):
+        codes = serving.kv_bytes_per_token
+        said.append(f"fp8 as vLLM keeps it: {codes:,} bytes a token; with kvengine's scales {codes + fine:,}")
     if model is not None and question.tp > model.kv_heads:
         said.append(f"{question.tp} devices share {model.kv_heads} KV heads: each holds a copy of one")
     if model is not None and model.dtype is None:

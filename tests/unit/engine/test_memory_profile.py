@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kvengine
 from kvengine.executor.torch import EagerExecutor
+from kvengine.kv.precisions import Precisions
 from kvengine.memory import MIB, DeviceMemory
 from kvengine.model import weights
 from kvengine.model.config import ModelConfig
@@ -24,6 +25,8 @@ from kvengine.model.llama import Llama
 from kvengine.request import Request, SamplingParams
 from kvengine.sched.batch import Batch, Slice
 from kvengine.sched.beam import BeamGroup
+from kvkernels.geometry import search_bytes
+from kvkernels.precision import FP8, INT8
 
 WEIGHTS = Path(kvengine.__file__).parent / "weights"
 BLOCKS, BLOCK_SIZE = 4096, 16
@@ -108,6 +111,19 @@ def charged_and_allocated(
 def test_prefill_is_charged_what_it_allocates(engine, memory, slices) -> None:
     charged, allocated = charged_and_allocated(engine, memory, slices())
     assert allocated <= charged <= 1.02 * allocated + 160 * KIB
+
+
+@pytest.mark.parametrize("count", [1, 129, 2000])
+def test_searching_fine_scales_takes_no_more_than_is_set_aside(count) -> None:
+    """That part is charged with what stays; the rest of a step as at any precision."""
+    memory, target = DeviceMemory(256 * MIB), shipped("target")
+    engine = EagerExecutor(target, None, memory, 200, BLOCK_SIZE, precisions=Precisions(FP8))
+    room = search_bytes(target.config.head_dim)
+    plain = Footprint(target.config, None, BLOCK_SIZE, target.max_tokens, Precisions(INT8))
+    assert engine.footprint.resident_bytes == plain.resident_bytes + room
+    engine.execute(Batch(prefill(1, 16)))
+    charged, allocated = charged_and_allocated(engine, memory, prefill(1, count))
+    assert allocated <= charged + room
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.7, 1.0), (0.7, 0.9)])

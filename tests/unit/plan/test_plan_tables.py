@@ -13,6 +13,9 @@ from kvengine.kv.plan.precision import KV_PRECISIONS, kv_precision, weight_dtype
 from kvengine.kv.plan.published import PUBLISHED, published_named
 from kvengine.kv.plan.shape import shape_in, shape_of
 from kvengine.kv.plan.units import parse_bytes, written
+from kvengine.kv.precisions import Precisions
+from kvengine.model.config import ModelConfig
+from kvengine.model.footprint import Footprint
 from kvkernels.precision import PRECISIONS
 
 SHIPPED = Path(__file__).parents[3] / "engine/kvengine/weights/target"
@@ -90,6 +93,18 @@ def test_kv_bytes_a_token_by_hand() -> None:
 def test_kv_takes_the_bits_that_the_kernels_store() -> None:
     planned = {name: one.bits for name, one in KV_PRECISIONS.items()}
     assert {name: one.bits for name, one in PRECISIONS.items()}.items() <= planned.items()
+
+
+def test_fine_scales_take_what_the_reference_engine_stores() -> None:
+    """Of the shipped model, held against the engine's own sum; and by hand, where devices share heads."""
+    config, mine = ModelConfig.load(SHIPPED), shape_in(SHIPPED)
+    for name, precision in PRECISIONS.items():
+        stored = Footprint(config, None, 16, 1024, Precisions(precision)).kv_bytes_per_token
+        planned = KV_PRECISIONS[name]
+        assert stored == mine.kv_bytes_per_token(planned, 1) + mine.fine_bytes_per_token(planned, 1)
+    llama = shape("llama-3.1-8b")
+    assert [llama.fine_bytes_per_token(KV_PRECISIONS["fp8"], tp) for tp in (1, 8, 32)] == [512, 64, 64]
+    assert llama.fine_bytes_per_token(KV_PRECISIONS["int8"], 1) == 0
 
 
 def test_weights_and_activations_as_vllm_measured_them() -> None:

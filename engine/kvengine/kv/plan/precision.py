@@ -1,7 +1,8 @@
 """What an element of KV, or of the weights, takes.
 
-A token of KV takes exactly its bits: scales belong to a layer's heads, or to their channels, and lie outside
-the pool. They are a few kilobytes in all, or some hundred for int4.
+A token of KV takes exactly its bits: scales belong to a layer, its heads or their channels, and lie outside
+the pool. They are a few kilobytes in all, or some hundred for int4. So vLLM keeps fp8. The reference engine
+has a byte more beside each head's K and V in fp8; its own plan counts it, and this one says so.
 """
 
 import difflib
@@ -16,6 +17,8 @@ class Precision:
 
     name: str
     bits: int
+    fine: bool = False
+    """Whether the reference engine has a scale, of one byte, for each vector."""
 
     def vector_bytes(self, head_dim: int) -> int:
         """One head's K, or V, of one token. Elements are packed."""
@@ -28,7 +31,7 @@ KV_PRECISIONS = {
         Precision("fp32", 32),
         Precision("bf16", 16),
         Precision("fp16", 16),
-        Precision("fp8", 8),
+        Precision("fp8", 8, fine=True),
         Precision("int8", 8),
         Precision("int4", 4),
     )

@@ -89,6 +89,10 @@ class ModelShape:
         """K and V of all layers, on one device."""
         return self.layers * 2 * self.kv_heads_per_device(tp) * precision.vector_bytes(self.head_dim)
 
+    def fine_bytes_per_token(self, precision: Precision, tp: int) -> int:
+        """What the reference engine keeps beside it, on one device: 0 but for fp8."""
+        return self.layers * 2 * self.kv_heads_per_device(tp) * precision.fine
+
     def activation_bytes(self, chunk_tokens: int, sequences: int, dtype: str, tp: int) -> int:
         """The most that one step allocates on one device: a chunk in, and a token sampled for each sequence.
 
