@@ -1,20 +1,20 @@
 """What a pilot foretold in a run, beside what came: exhausted KV memory, and first tokens that were late.
 
-Exhaustion is scored by `kvpilot.forecast.scores` as in every other place. A pilot that acts on a forecast
-keeps it from coming true, so the fair flight for it is one in which the pilot keeps its hands off.
+Exhaustion is scored by `kvpilot.forecast.scores`, with the alarms of `bench/forecast.py`. A pilot that acts
+on a forecast keeps it from coming true, so the fair flight for it is one in which it keeps its hands off.
 """
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from statistics import median
 
 from kvpilot.adapters.windows import Reading
 from kvpilot.clock import NS
 from kvpilot.forecast.estimate import Estimate
 from kvpilot.forecast.scores import Outcome as Pair
-from kvpilot.forecast.scores import judge, warnings
+from kvpilot.forecast.scores import alarms, judge, warned
 from kvpilot.journal.records import DecisionRecord, Record, RuleRecord
 from kvpilot.knobs import KNOBS
 from kvpilot.publish.board import Board
@@ -22,16 +22,20 @@ from kvpilot.score import Slo
 from kvpilot.simulate.faults import Fault
 from kvpilot.workload.outcome import Fate, Outcome
 
-HORIZON_S = 20.0
-"""A forecast of less than this is an alarm."""
-MATTERS_S = 60.0
-"""Bands are judged where exhaustion was foretold, or came, within this."""
+WARM_S = 15.0
+"""A pilot learns so long before its forecasts are judged."""
+BELOW_S, OVER_S, HOLD_S, STANDING_S = 5.0, 20.0, 10.0, 60.0
+"""An alarm begins when p10 is below the first and is over when it was above the second for the third; each of
+the fourth that one stands for nothing is one more false alarm."""
+FAR_S = 60.0
+"""What comes later than this does not come, where bands are judged."""
 CALM_S = 5.0
 """Exhaustion within this of the one before is the same event."""
 LATE = 0.5
 """Probability of a late first token from which on it is foretold."""
 IN_FORCE = ("unconfirmed", "clamped")
 """Verdicts, as they are journalled, of decisions that put something into a controls page."""
+NOW = Estimate(0.0, 0.0, 0.0)
 LOSING = ("signal_missing", "telemetry_frozen")
 
 
@@ -75,21 +79,23 @@ class Foresight:
 
 
 def judged(looks: Sequence[Look], outcomes: Sequence[Outcome], slos: Mapping[str, Slo]) -> Foresight:
-    """Looks ascend in time."""
-    events = exhaustions(looks)
+    """Looks ascend in time; there is at least one."""
+    happening = [look.at_s for look in looks if look.exhausted]
     said = [
-        (look.at_s, look.exhaustion.p50)
+        (look.at_s, NOW if look.exhausted else look.exhaustion)
         for look in looks
-        if look.exhaustion is not None and not look.exhausted
+        if look.at_s >= WARM_S and (look.exhausted or look.exhaustion is not None)
     ]
-    alarms = warnings(said, events, HORIZON_S, grace_s=1.0)
-    verdict = judge(_pairs(looks, events))
+    spells = alarms([(at_s, each) for at_s, each in said if each is not None], BELOW_S, OVER_S, HOLD_S)
+    events = [at_s for at_s in exhaustions(looks) if at_s > WARM_S]
+    found = warned(spells, events, happening, looks[-1].at_s, STANDING_S)
+    verdict = judge(_pairs(looks, happening))
     precision, recall = lateness(looks, outcomes, slos)
     return Foresight(
-        alarms.events,
-        alarms.warned,
-        median(alarms.lead_s) if alarms.lead_s else None,
-        alarms.false_per_hour if said else None,
+        found.events,
+        found.warned,
+        median(found.lead_s) if found.lead_s else None,
+        found.false_per_hour if said else None,
         None if verdict is None else verdict.inside,
         precision,
         recall,
@@ -108,31 +114,35 @@ def exhaustions(looks: Sequence[Look]) -> list[float]:
     return found
 
 
-def _pairs(looks: Sequence[Look], events: Sequence[float]) -> list[Pair]:
+def _pairs(looks: Sequence[Look], happening: Sequence[float]) -> list[Pair]:
+    """Forecasts whose middle names a time, and how long it was until KV memory was next exhausted."""
     pairs = []
     for look in looks:
-        if look.exhaustion is None or look.exhausted:
+        said = look.exhaustion
+        if look.at_s < WARM_S or look.exhausted or said is None or not isfinite(said.p50):
             continue
-        place = bisect_left(events, look.at_s)
-        actual_s = events[place] - look.at_s if place < len(events) else inf
-        if min(actual_s, look.exhaustion.p50) <= MATTERS_S:
-            pairs.append(Pair(look.exhaustion, actual_s))
+        place = bisect_left(happening, look.at_s)
+        actual_s = happening[place] - look.at_s if place < len(happening) else inf
+        pairs.append(Pair(said, actual_s if actual_s <= FAR_S else inf))
     return pairs
 
 
 def lateness(
     looks: Sequence[Look], outcomes: Sequence[Outcome], slos: Mapping[str, Slo]
 ) -> tuple[float | None, float | None]:
-    """(precision, recall) of foretelling that a request, let in, gets its first token late or never."""
+    """(precision, recall) of foretelling that a request, let in, gets its first token late or never; against
+    what policies know as the promise, without what it grows by with the prompt.
+    """
     times = [look.at_s for look in looks]
     said = late = both = 0
     for one in outcomes:
         klass, place = one.arrival.klass, bisect_left(times, one.arrival.at_s) - 1
+        early = one.arrival.at_s < WARM_S
         ratio = looks[place].late.get(klass) if place >= 0 else None
-        if ratio is None or one.fate in (Fate.SHED, Fate.FAILED):
+        if ratio is None or early or one.fate in (Fate.SHED, Fate.FAILED):
             continue
         ttft_s = one.ttft_s
-        came_late = ttft_s is None or ttft_s > slos[klass].ttft_limit_s(one.arrival.prompt_tokens)
+        came_late = ttft_s is None or ttft_s > slos[klass].ttft_s
         said += ratio >= LATE
         late += came_late
         both += ratio >= LATE and came_late
