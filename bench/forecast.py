@@ -1,7 +1,7 @@
 """Do the pilot's forecasts come true? `python bench/forecast.py`.
 
 The suite's workloads in virtual time, with a pilot that looks and keeps its hands off: one that acts on a
-forecast keeps it from coming true. Scored by `kvpilot.forecast.scores`, from the 15th second of each run on:
+forecast keeps it from coming true. Scored by `kvpilot.forecast.scores`, from the 30th second of each run on:
 
 - KV time to exhaustion. KV memory is exhausted where not every running request can have one more block; that
   is an event if it was not so for five seconds. An alarm begins when p10 is below five seconds and is over
@@ -49,7 +49,7 @@ TRACES = Path(__file__).parents[2] / "shared/traces"
 QUICK = ("reason-kv-0.8", "mixed-kv-1.0", "chat-1.2")
 QUANTILES = (0.1, 0.5, 0.9)
 LOOK_S, PAIR_LOOKS = 0.1, 5
-WARM_S = 15.0
+WARM_S = 30.0
 BELOW_S, OVER_S, HOLD_S, STANDING_S = 5.0, 20.0, 10.0, 60.0
 CALM_S = 30.0
 FAR_S = 60.0

@@ -188,8 +188,7 @@ class Forecaster:
         else:
             found = self._slope.seconds(available)
         if isinstance(found, Estimate):
-            self._tried.mark(self._flow.at_s, found)
-            found = self._tried.tried(found)
+            found = self._tried.judged(self._flow.at_s, found)
         low = found if isinstance(found, Missing) else found.p10
         high = found if isinstance(found, Missing) else found.p90
         return {

@@ -123,6 +123,8 @@ def test_least_kv_counts_what_it_sent_since_the_scrape() -> None:
     assert set(counts.values()) == {10}
     balancer.scraped([0.9] * 7 + [0.1])
     assert {balancer.choose(request(n)) for n in range(5)} == {7}
+    balancer.scraped([0.3] * 7 + [0.25])
+    assert Counter(balancer.choose(request(n)) for n in range(12))[7] < 6
 
 
 def test_prompts_that_begin_alike_meet_unless_their_replica_is_too_full() -> None:
