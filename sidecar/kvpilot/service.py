@@ -275,17 +275,18 @@ class Service:
         return scheduler
 
     async def _offer_metrics(self) -> None:
-        """What the metrics page shows now, for the thread that sends it. In the loop: whole ticks only."""
+        """What the metrics page shows now, for the thread that sends it."""
         if self._otlp is not None:
             from kvpilot.publish.otlp import Batch
 
-            tick, wall_ns = self.flight.pilot.board.tick, self._clock.wall_ns()
-            sight = tick.sight if tick is not None else None
-            manifest = sight.manifest if sight is not None else None
-            started = None if sight is None or manifest is None else wall_ns - round(sight.age_s * NS)
-            about = (manifest.model, manifest.engine) if manifest is not None else (None, None)
-            nonce = sight.nonce if sight is not None else 0
-            self._otlp.offer(Batch(wall_ns, self._page.collector.collect(), started, nonce, *about))
+            _, tick, collected = await self._page.gathered()
+            wall_ns = self._clock.wall_ns()
+            if tick is None or tick.sight.manifest is None:
+                self._otlp.offer(Batch(wall_ns, collected))
+                return
+            sight, manifest = tick.sight, tick.sight.manifest
+            started = tick.wall_ns - round(sight.age_s * NS)
+            self._otlp.offer(Batch(wall_ns, collected, started, sight.nonce, manifest.model, manifest.engine))
 
     async def rescan(self) -> None:
         """Take a changed policy directory whole, or not at all."""

@@ -1,6 +1,6 @@
 """What a pilot exports, gathered from one tick: the sheet that the metrics page and OTLP are made from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from kvpilot.adapters.other_ranks import RankView
 from kvpilot.flight import Flight
@@ -23,9 +23,16 @@ class Collector:
 
     def collect(self) -> list[Collected]:
         """Everything, now."""
+        sheet = Sheet(self._flight.engine_name, self._flight.rank)
+        for _ in self.gather(sheet):
+            pass
+        return sheet.collected()
+
+    def gather(self, sheet: Sheet) -> Iterator[None]:
+        """Everything onto `sheet`, in steps between which others may run: of whatever a tick changes, all is
+        in the first."""
         flight = self._flight
         tick, now_ns = flight.pilot.board.tick, flight.pilot.clock.monotonic_ns()
-        sheet = Sheet(flight.engine_name, flight.rank)
         add_pilot(sheet, flight)
         # Valves are the whole engine's: of several ranks' pilots, the one that flies them shows them.
         if tick is not None and tick.sight.valve is not None and flight.pilot.actuator.flies_valves:
@@ -38,11 +45,12 @@ class Collector:
             # Against the tick: between two ticks nothing was looked at.
             extent: Extent = "own" if flight.pilot.actuator.flies_valves else "own_without_valves"
             self._add_rank(sheet, own, tick.at_ns, extent)
-        for view in flight.others.look(now_ns) if flight.others is not None else ():
-            self._add_rank(sheet, view, view.sight.at_ns, "other")
         for add in self._more:
             add(sheet)
-        return sheet.collected()
+        yield
+        for view in flight.others.look(now_ns) if flight.others is not None else ():
+            yield
+            self._add_rank(sheet, view, view.sight.at_ns, "other")
 
     def own_view(self) -> RankView | None:
         """The rank that this pilot flies; None while it has no engine."""

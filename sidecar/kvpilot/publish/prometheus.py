@@ -7,11 +7,12 @@ that waits for the new one.
 """
 
 import asyncio
+from typing import NamedTuple
 
-from kvpilot.clock import NS, Clock
+from kvpilot.clock import NS
 from kvpilot.flight import Flight
-from kvpilot.pilot import TICK_NS
-from kvpilot.publish.board import REFRESH_NS
+from kvpilot.pilot import TICK_NS, Pilot
+from kvpilot.publish.board import REFRESH_NS, Tick
 from kvpilot.publish.collected import Collected
 from kvpilot.publish.collector import Collector
 from kvpilot.publish.durations import Durations
@@ -22,32 +23,40 @@ from kvpilot.publish.sheet import Sheet
 OLDEST_NS = REFRESH_NS * 3 // 2
 """The oldest page that is handed out while a newer one is made."""
 TURN_NS = NS // 1_000
-COLLECTING_NS = 15 * NS // 1_000
-"""Longer than it takes to gather eight ranks, which is done in one turn: so close to a tick it waits."""
+LONGEST_TURN_NS = 4 * TURN_NS
+"""What one step may take, a look at eight ranks or a histogram of theirs: so close to a tick none begins."""
+
+
+class Gathered(NamedTuple):
+    """What is exported, since when, and of which tick."""
+
+    at_ns: int
+    tick: Tick | None
+    collected: list[Collected]
 
 
 class Turns:
-    """Of long work in the event loop: `over` lets others run after each millisecond of it."""
+    """Of long work in the event loop: `over` lets others run after each millisecond, and ticks be on time."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._began_ns = clock.monotonic_ns()
+    def __init__(self, pilot: Pilot) -> None:
+        self._pilot = pilot
+        self._clock = pilot.clock
+        self._began_ns = self._clock.monotonic_ns()
         self._worked_ns = 0
 
     async def over(self) -> None:
         """To be called every now and then."""
-        if self._clock.monotonic_ns() - self._began_ns >= TURN_NS:
-            self._stop()
-            await asyncio.sleep(0)
+        tick, now_ns = self._pilot.board.tick, self._clock.monotonic_ns()
+        due_ns = tick.at_ns + TICK_NS if tick is not None else 0
+        near = 0 < due_ns - now_ns < LONGEST_TURN_NS
+        if near or now_ns - self._began_ns >= TURN_NS:
+            self._worked_ns += now_ns - self._began_ns
+            await self._clock.sleep_until(due_ns if near else now_ns)
             self._began_ns = self._clock.monotonic_ns()
 
     def worked_s(self) -> float:
-        """Seconds of all turns; the work is done."""
-        self._stop()
-        return self._worked_ns / NS
-
-    def _stop(self) -> None:
-        self._worked_ns += self._clock.monotonic_ns() - self._began_ns
+        """Seconds of all turns, this one included."""
+        return (self._worked_ns + self._clock.monotonic_ns() - self._began_ns) / NS
 
 
 class MetricsPage:
@@ -62,8 +71,11 @@ class MetricsPage:
         self.collector = collector or Collector(flight)
         self._exposition = Exposition()
         self._kept: dict[Format, tuple[int, bytes]] = {}
-        self._collected: tuple[int, list[Collected]] | None = None
-        """What all formats show, and since when."""
+        self._gathered: Gathered | None = None
+        """What all formats show."""
+        self._gathering: asyncio.Task[Gathered] | None = None
+        self._gathered_s = 0.0
+        """What gathering took for pages that are not made yet."""
         self._making: dict[Format, asyncio.Task[None]] = {}
 
     async def answer(self, accept: str) -> tuple[bytes, str]:
@@ -71,12 +83,13 @@ class MetricsPage:
         form = negotiated(accept)
         kept = self._kept.get(form)
         age_ns = self._clock.monotonic_ns() - kept[0] if kept is not None else OLDEST_NS
-        making = self._making.get(form)
-        if age_ns >= REFRESH_NS and making is None:
-            making = self._making[form] = asyncio.create_task(self._make(form))
-        if making is not None and age_ns >= OLDEST_NS:
-            # Shielded: a scraper that goes away leaves the page to the others.
-            await asyncio.shield(making)
+        if age_ns >= REFRESH_NS:
+            making = self._making.get(form)
+            if making is None or making.done():
+                making = self._making[form] = asyncio.create_task(self._make(form))
+            if age_ns >= OLDEST_NS:
+                # Shielded: a scraper that goes away leaves the page to the others.
+                await asyncio.shield(making)
         return self._kept[form][1], CONTENT_TYPES[form]
 
     def picker(self) -> bytes:
@@ -87,35 +100,40 @@ class MetricsPage:
         values = {signal: value for (signal, klass), value in view.shown.items() if klass is None}
         return picker_page(view.sight.manifest, values, view.rank)
 
+    async def gathered(self) -> Gathered:
+        """What is exported, of at most half a second ago; one gathering for all who ask."""
+        if self._gathered is None or self._clock.monotonic_ns() - self._gathered.at_ns >= REFRESH_NS:
+            if self._gathering is None or self._gathering.done():
+                self._gathering = asyncio.create_task(self._gather())
+            return await asyncio.shield(self._gathering)
+        return self._gathered
+
+    async def _gather(self) -> Gathered:
+        turns, sheet = Turns(self._flight.pilot), self._sheet()
+        await turns.over()
+        at_ns, tick = self._clock.monotonic_ns(), self._flight.pilot.board.tick
+        for _ in self.collector.gather(sheet):
+            await turns.over()
+        self._gathered = Gathered(at_ns, tick, sheet.collected())
+        self._gathered_s += turns.worked_s()
+        return self._gathered
+
     async def _make(self, form: Format) -> None:
-        try:
-            await self._let_tick_pass()
-            turns = Turns(self._clock)
-            at_ns, collected = self._gather()
-            parts = []
-            for each in [*collected, *self._own()]:
-                await turns.over()
-                parts.append(self._exposition.family(each, form))
-            self._kept[form] = (at_ns, Exposition.joined(parts, form))
-            self.renders += 1
-            self.durations.observe(turns.worked_s())
-        finally:
-            del self._making[form]
-
-    async def _let_tick_pass(self) -> None:
-        """Where the next one is too near to gather everything before it."""
-        tick, now_ns = self._flight.pilot.board.tick, self._clock.monotonic_ns()
-        if tick is not None and tick.at_ns + TICK_NS - now_ns < COLLECTING_NS:
-            await self._clock.sleep_until(tick.at_ns + TICK_NS)
-
-    def _gather(self) -> tuple[int, list[Collected]]:
-        now_ns = self._clock.monotonic_ns()
-        if self._collected is None or now_ns - self._collected[0] >= REFRESH_NS:
-            self._collected = (now_ns, self.collector.collect())
-        return self._collected
+        at_ns, _, collected = await self.gathered()
+        turns, parts = Turns(self._flight.pilot), []
+        for each in [*collected, *self._own()]:
+            await turns.over()
+            parts.append(self._exposition.family(each, form))
+        self._kept[form] = (at_ns, Exposition.joined(parts, form))
+        self.renders += 1
+        self.durations.observe(turns.worked_s() + self._gathered_s)
+        self._gathered_s = 0.0
 
     def _own(self) -> list[Collected]:
-        sheet = Sheet(self._flight.engine_name, self._flight.rank)
+        sheet = self._sheet()
         sheet.add("page_renders", self.renders)
         sheet.add_durations("page_render_duration_seconds", self.durations)
         return sheet.collected()
+
+    def _sheet(self) -> Sheet:
+        return Sheet(self._flight.engine_name, self._flight.rank)

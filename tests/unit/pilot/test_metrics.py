@@ -143,7 +143,7 @@ def test_nobody_waits_for_the_successor_of_a_page_that_will_do(tmp_path: Path) -
 
     async def scrapes() -> list[bytes]:
         bodies = []
-        for ticked_s, turns in ((0.0, 0), (0.6, 0), (0.0, 3), (OLDEST_NS / NS, 0)):
+        for ticked_s, turns in ((0.0, 0), (0.6, 0), (0.0, 20), (OLDEST_NS / NS, 0)):
             world.ticks(ticked_s, running=2)
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -165,8 +165,9 @@ class SlowClock(VirtualClock):
 
 
 def test_long_work_lets_others_run() -> None:
-    clock, others = SlowClock(), 0
-    turns = Turns(clock)
+    world = World()
+    world.pilot.clock = SlowClock()
+    turns, others = Turns(world.pilot), 0
 
     async def work() -> None:
         nonlocal others
@@ -187,7 +188,7 @@ def test_long_work_lets_others_run() -> None:
     assert turns.worked_s() >= others * TURN_NS / NS
 
 
-def test_a_page_is_not_begun_where_the_next_tick_would_wait_for_it(tmp_path: Path) -> None:
+def test_no_turn_begins_where_the_next_tick_would_wait_for_it(tmp_path: Path) -> None:
     world = world_with_decision()
     page = MetricsPage(flight(world, tmp_path))
     tick = world.pilot.board.tick
