@@ -7,6 +7,7 @@ themselves. Scenarios with faults have one more leg, the pilot's without them.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,7 @@ def _leg(rows: Sequence[Row], board: Scoreboard) -> dict[str, Any]:
 
 
 def recovery_s(rows: Sequence[Row]) -> float | None:
-    """Of the first seed; None where there was no burst, or goodput never came back."""
-    found = rows[0].seen.recovery_s if rows[0].seen is not None else None
-    return None if found is None or found == float("inf") else found
+    """Of the seed that took longest; None where there was no burst, or goodput never came back."""
+    found = [row.seen.recovery_s if row.seen is not None else None for row in rows]
+    known = [each for each in found if each is not None and each < inf]
+    return max(known) if known and len(known) == len(found) else None

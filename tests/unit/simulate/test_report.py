@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpilot.link.controls import Scope
-from kvpilot.simulate.report.page import _row, _table
+from kvpilot.simulate.report.markup import row, table
 from kvpilot.simulate.report.style import CHARTS, PAGE
 from kvpilot.simulate.report.svg import (
     Axis,
@@ -43,7 +43,7 @@ def test_names_from_outside_are_text_and_nothing_else() -> None:
         tree = parsed(drawn)
         assert not [each for each in tree.iter() if each.tag.endswith("script")]
         assert HOSTILE in "".join(tree.itertext())
-    assert "<script" not in _table([], [_row(HOSTILE, [HOSTILE])])
+    assert "<script" not in table([], [row(HOSTILE, [HOSTILE])])
 
 
 def test_a_drawing_is_inside_its_frame_whatever_its_values() -> None:

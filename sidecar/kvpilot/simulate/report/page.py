@@ -2,7 +2,7 @@
 escaped where they are written.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 
@@ -10,17 +10,15 @@ from kvpilot.score import Slo
 from kvpilot.simulate.comparison import goodput
 from kvpilot.simulate.report.figures import (
     FLOOR_NAMES,
-    HALF,
     KINDS,
     LEAST_FLOOR,
-    NARROW,
     WIDE,
-    Chart,
     heads,
     knobs,
     latencies,
     timeline,
 )
+from kvpilot.simulate.report.markup import card, cell, chosen, row, table, time, titled
 from kvpilot.simulate.report.style import PAGE
 from kvpilot.simulate.scoreboard import Scoreboard, recovery_s, spread
 
@@ -185,24 +183,24 @@ def _scenario(board: Scoreboard) -> str:
         for held in board.bounds
     ]
     note = f"The incident: {board.scenario.source}. What must hold of the pilot, so that it does not recur."
-    return _card(
+    return card(
         "What must hold",
         note,
-        _table(['<th class="text">bound</th>', "<th>measured</th>", "<th></th>"], body),
+        table(['<th class="text">bound</th>', "<th>measured</th>", "<th></th>"], body),
     )
 
 
 def _goodput(board: Scoreboard) -> str:
     goodputs, floors = heads(board)
     left = (
-        f"<div>{_titled(goodputs)}"
+        f"<div>{titled(goodputs)}"
         '<p class="note">A line through a dot is the spread over seeds. Grey: every static setting.</p></div>'
     )
     right = (
-        f"<div>{_titled(floors)}"
+        f"<div>{titled(floors)}"
         '<p class="note">What a better total could be bought with. Below 0.90 somebody pays for it.</p></div>'
     )
-    return _card("Goodput", "", f'<div class="pair">{left}{right}</div>{_scores(board)}')
+    return card("Goodput", "", f'<div class="pair">{left}{right}</div>{_scores(board)}')
 
 
 def _scores(board: Scoreboard) -> str:
@@ -211,42 +209,42 @@ def _scores(board: Scoreboard) -> str:
         '<th class="text"></th>',
         *(f'<th><i class="{KINDS[t]}"></i>{escape(t)}</th>' for t, _ in columns),
     ]
-    body = [_row("goodput by work (Gw)", (f"{goodput(rows):.3f}" for _, rows in columns), "strong")]
-    body.append(_row("spread over seeds", (f"{spread(rows):.3f}" for _, rows in columns)))
+    body = [row("goodput by work (Gw)", (f"{goodput(rows):.3f}" for _, rows in columns), "strong")]
+    body.append(row("spread over seeds", (f"{spread(rows):.3f}" for _, rows in columns)))
     for name in columns[0][1][0].score["classes"]:
         values = (rows[0].score["classes"][name]["goodput_work"] for _, rows in columns)
-        body.append(_row(f"Gw of {name}", (_cell(value, "share") for value in values)))
+        body.append(row(f"Gw of {name}", (cell(value, "share") for value in values)))
     for title, key, kind in _SCORED:
-        body.append(_row(title, (_cell(rows[0].score[key], kind) for _, rows in columns)))
+        body.append(row(title, (cell(rows[0].score[key], kind) for _, rows in columns)))
     ratios = board.ratios
     shown = {"best static": "vs_best_static", "defaults": "vs_defaults", "single best": "vs_single_best"}
     cells = (f"{ratios[shown[t]]:.3f}" if shown.get(t) in ratios else "" for t, _ in columns)
-    body.append(_row("pilot's Gw over it", cells))
+    body.append(row("pilot's Gw over it", cells))
     regret = f"Regret, the best static setting's Gw less the pilot's: {board.regret:+.3f}."
-    return _table(head, body) + f'<p class="note">{escape(regret)} Figures but Gw are of the first seed.</p>'
+    return table(head, body) + f'<p class="note">{escape(regret)} Figures but Gw are of the first seed.</p>'
 
 
 def _latency(board: Scoreboard, about: About) -> str:
     promised = "; ".join(
-        f"{name}: first token in {_time(slo.ttft_s)}"
+        f"{name}: first token in {time(slo.ttft_s)}"
         + (
             f" and {slo.ttft_s_per_prompt_token * 1000:.2g} ms a prompt token"
             if slo.ttft_s_per_prompt_token
             else ""
         )
-        + f", then {_time(slo.itl_s)} a token"
+        + f", then {time(slo.itl_s)} a token"
         for name, slo in sorted(about.promises.items(), reverse=True)
     )
     note = (
         "Share of all arrivals that were served within so many times their promise; who was turned away, "
         f"gave up or failed never is, so a curve ends below 100 %. {promised}."
     )
-    panels = "".join(map(_titled, latencies(board)))
-    return _card("Latency against the promise", note, f'<div class="knobs">{panels}</div>')
+    panels = "".join(map(titled, latencies(board)))
+    return card("Latency against the promise", note, f'<div class="knobs">{panels}</div>')
 
 
 def _over(board: Scoreboard) -> str:
-    charts = "".join(_titled(each, WIDE) for each in timeline(board))
+    charts = "".join(titled(each, WIDE) for each in timeline(board))
     return (
         '<section class="card over"><h2>Over time</h2><p class="note">The first seed, by time of arrival or '
         f"of the look; bursts and faults are shaded.</p>{charts}</section>"
@@ -256,19 +254,19 @@ def _over(board: Scoreboard) -> str:
 def _knobs(board: Scoreboard) -> str:
     shown = knobs(board)
     if not shown:
-        return _card("Knobs", "The pilot moved none.", "")
-    panels = "".join(map(_titled, shown))
+        return card("Knobs", "The pilot moved none.", "")
+    panels = "".join(map(titled, shown))
     note = "What the pilot held over time; the engine's own value, where it fits the scale, is dashed."
-    return _card("Knobs", note, f'<div class="knobs">{panels}</div>')
+    return card("Knobs", note, f'<div class="knobs">{panels}</div>')
 
 
 def _forecasts(board: Scoreboard) -> str:
     seens = (board.hands_off.seen, board.judged.pilot[0].seen)
     told = [seen.foresight if seen is not None else None for seen in seens]
     if all(each is None for each in told):
-        return _card("Forecasts", "There were none to score.", "")
+        return card("Forecasts", "There were none to score.", "")
     body = [
-        _row(title, (_cell(getattr(each, key) if each is not None else None, kind) for each in told))
+        row(title, (cell(getattr(each, key) if each is not None else None, kind) for each in told))
         for title, key, kind in _FORESIGHT
     ]
     head = ['<th class="text"></th>', "<th>hands off</th>", "<th>flying</th>"]
@@ -276,26 +274,26 @@ def _forecasts(board: Scoreboard) -> str:
         "A pilot that acts on a forecast keeps it from coming true: so they are scored on a flight in which "
         "it keeps its hands off, and beside it on the real one."
     )
-    return _card("Forecasts", note, _table(head, body))
+    return card("Forecasts", note, table(head, body))
 
 
 def _steadiness(board: Scoreboard) -> str:
     pilot = board.judged.pilot
     seen = pilot[0].seen
     body = [
-        _row("changes of a knob a minute", [f"{max(row.actions_per_min for row in pilot):.1f}"]),
-        _row("reversals a minute", [f"{max(row.reversals_per_min for row in pilot):.2f}"]),
+        row("changes of a knob a minute", [f"{max(row.actions_per_min for row in pilot):.1f}"]),
+        row("reversals a minute", [f"{max(row.reversals_per_min for row in pilot):.2f}"]),
     ]
     if seen is not None and seen.recovery_s is not None:
         back = recovery_s(pilot)
-        body.append(_row("recovery from the burst", ["never" if back is None else f"{back:.0f} s"]))
+        body.append(row("recovery from the burst", ["never" if back is None else f"{back:.0f} s"]))
     rules = list(seen.rules.items())[:RULES] if seen is not None else []
-    body += [_row(name, [f"{count:,}"]) for name, count in rules]
+    body += [row(name, [f"{count:,}"]) for name, count in rules]
     note = (
         "A reversal is a change of a fifth of a knob's range, back within 10 s of the one before. Below: "
         "decisions that each rule put in force."
     )
-    return _card("Steadiness", note, _table([], body))
+    return card("Steadiness", note, table([], body))
 
 
 def _tenants(board: Scoreboard) -> str:
@@ -306,33 +304,33 @@ def _tenants(board: Scoreboard) -> str:
         return ""
     worst = sorted(tenants, key=lambda name: (tenants[name] is None, tenants[name] or 0.0))[:TENANTS]
     body = [
-        _row(name, (_cell(rows[0].score["tenants"].get(name), "share") for _, rows in columns))
+        row(name, (cell(rows[0].score["tenants"].get(name), "share") for _, rows in columns))
         for name in worst
     ]
     head = ['<th class="text">tenant</th>']
     head += [f'<th><i class="{KINDS[t]}"></i>{escape(t)}</th>' for t, _ in columns]
     more = f" The worst {TENANTS} of {len(tenants)}." if len(tenants) > TENANTS else ""
-    return _card("Tenants", f"Goodput by work of each.{more}", _table(head, body))
+    return card("Tenants", f"Goodput by work of each.{more}", table(head, body))
 
 
 def _settings(board: Scoreboard) -> str:
     columns = [(title, dict(board.legs[rows[0].leg].settings)) for title, rows in board.columns]
     names = list(dict.fromkeys(name for _, setting in columns for name in setting))
-    body = [_row(name, (_setting(setting.get(name)) for _, setting in columns)) for name in names]
+    body = [row(name, (chosen(setting.get(name)) for _, setting in columns)) for name in names]
     head = [
         '<th class="text"></th>',
         *(f'<th><i class="{KINDS[t]}"></i>{escape(t)}</th>' for t, _ in columns),
     ]
     flown = sorted(board.judged.points.items(), key=lambda each: -goodput(each[1]))
-    grid = _table(
+    grid = table(
         ['<th class="text">chunk, drafts, running, watermark, queue caps</th>', "<th>Gw</th>"],
-        [_row(name, [f"{goodput(rows):.3f}"]) for name, rows in flown],
+        [row(name, [f"{goodput(rows):.3f}"]) for name, rows in flown],
     )
     note = "Where each leg starts, and, of all but the pilot, stays. Queue caps: interactive/batch."
-    return _card(
+    return card(
         "Settings",
         note,
-        _table(head, body) + f"<details><summary>All {len(flown)} static settings</summary>{grid}</details>",
+        table(head, body) + f"<details><summary>All {len(flown)} static settings</summary>{grid}</details>",
     )
 
 
@@ -348,54 +346,9 @@ def _again(about: About) -> str:
         ("smooth", "Goodput in which a late request counts for less, not for nothing."),
     )  # fmt: skip
     listed = "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in words)
-    return _card(
+    return card(
         "Fly it again",
         f"kvpilot {about.version}. The same seeds give the same figures.",
         f"<pre>{escape(about.command)}</pre><details><summary>What the words mean</summary>"
         f"<dl>{listed}</dl></details>",
     )
-
-
-def _card(title: str, note: str, body: str) -> str:
-    said = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f'<section class="card"><h2>{escape(title)}</h2>{said}{body}</section>'
-
-
-def _titled(chart: Chart, width: float = HALF) -> str:
-    """A chart at this width, and another drawing of it for narrow screens."""
-    return (
-        f'<figure><h3>{escape(chart.title)}</h3><div class="wide">{chart.at(width).inline}</div>'
-        f'<div class="narrow">{chart.at(NARROW).inline}</div></figure>'
-    )
-
-
-def _table(head: Sequence[str], body: Iterable[str]) -> str:
-    top = f"<thead><tr>{''.join(head)}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table>{top}<tbody>{"".join(body)}</tbody></table></div>'
-
-
-def _row(name: str, cells: Iterable[str], kind: str = "") -> str:
-    said = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f'<tr class="{kind}"><td class="text">{escape(name)}</td>{said}</tr>'
-
-
-def _cell(value: float | int | None, kind: str) -> str:
-    if value is None:
-        return "-"
-    if kind == "time":
-        return _time(value)
-    if kind == "share":
-        return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
-
-
-def _time(value_s: float) -> str:
-    return f"{value_s * 1000:.0f} ms" if value_s < 1 else f"{value_s:.2f} s"
-
-
-def _setting(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "/".join(str(value[name]) for name in sorted(value, reverse=True)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value}"
