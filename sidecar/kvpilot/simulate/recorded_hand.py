@@ -9,6 +9,8 @@ from kvpilot.recordings.recorded import Held
 from kvpilot.simulate.cockpit import Flown
 from kvpilot.simulate.pages import IDENTITY
 
+MEASURED = "prompt_bytes_per_token"
+"""Of the bodies that were recorded; simulated ones are as large as valves take them to be."""
 TTL_NS = NS
 """Longer than a tick: a lease is renewed at each."""
 
@@ -48,6 +50,6 @@ class RecordedHand:
             leases = [
                 Lease(knob, scope, value, TTL_NS, self._renewal)
                 for (knob, scope), value in values.items()
-                if knob in KNOBS and KNOBS[knob].where == where
+                if knob in KNOBS and KNOBS[knob].where == where and knob != MEASURED
             ]
             writer.write(leases, 1 if where == "engine" else ENGINE_ANY)

@@ -224,3 +224,32 @@ def test_the_command_prints_residuals_and_writes_the_plant(tmp_path: Path) -> No
     done = CliRunner().invoke(app, ["calibrate", str(tmp_path / "none")])
     assert done.exit_code == 1
     assert len(done.output.strip().splitlines()) == 1
+
+
+def test_noise_of_short_steps_is_not_that_of_long_ones_and_no_time_is_lost() -> None:
+    """A scheduler that takes the processor away for 8 ms, now and then: a lot for a short step."""
+    dice = random.Random(5)
+
+    def disturbed(step: Features) -> float:
+        return truth_s(step) + (8e-3 if dice.random() < 0.3 else 0.0)
+
+    steps = [Features(0, 1 + i % 2 * 900, (1 + i % 2 * 900) * 500) for i in range(3000)]
+    law = calibrated(steps_of(recording(bytes(page(steps, disturbed)), Path("p"), alive=False, copied=True)))
+    short, long = [band for band in law.bands if not band.prefilling][:: len(law.bands) - 1]
+    assert short.residuals[-1] - short.residuals[0] > 3 * (long.residuals[-1] - long.residuals[0])
+    plant = Fitted(law, seed=1)
+    for step in steps[:2]:
+        drawn = sum(plant.step_seconds(step) - law.gap_s for _ in range(4000)) / 4000
+        assert drawn == pytest.approx(truth_s(step) + 0.3 * 8e-3, rel=0.08)
+
+
+def test_a_plant_with_bands_comes_back_from_its_file(tmp_path: Path) -> None:
+    law = law_of(noisy(0.2), 600)
+    law.write(tmp_path / "plant.json")
+    assert read(tmp_path / "plant.json") == law
+    assert len(law.bands) > 2
+    raw = json.loads((tmp_path / "plant.json").read_text())
+    raw["bands"][0]["residuals"] = []
+    (tmp_path / "plant.json").write_text(json.dumps(raw))
+    with pytest.raises(PlantError, match="damaged plant"):
+        read(tmp_path / "plant.json")

@@ -15,7 +15,7 @@ from kvpilot.incident.recording import read_file
 from kvpilot.link.manifest import Manifest
 from kvpilot.link.page import LinkError
 from kvpilot.link.records import StepRecord
-from kvpilot.simulate.plants.fitted import KNEE, TERMS, Error, Fidelity, Law, PlantError, row
+from kvpilot.simulate.plants.fitted import KNEE, TERMS, Band, Error, Fidelity, Law, PlantError, row
 from kvpilot.simulate.plants.least_squares import fit, predict
 from kvpilot.simulate.plants.plant import NEEDED, TimedStep, between
 
@@ -28,6 +28,8 @@ KNEES_AT = (0.5, 0.75, 0.9, 0.97)
 KEPT_RESIDUALS = 201
 LEAST_RESIDUALS = 32
 """Of a kind of step, before its noise is its own and not that of all steps."""
+MOST_BANDS = 5
+"""Of each kind of step: a disturbance is a larger share of a short one."""
 _MOST_CORRELATION = 0.95
 
 
@@ -112,7 +114,18 @@ def calibrated(recorded: Steps) -> Law:
             held_out_prefilling=_error_of(apart, seconds, prompts),
         ),
         unseen=tuple(name for name, column in zip(TERMS, columns, strict=False) if not any(column)),
+        bands=(*_bands(decoding, False), *_bands(prefilling, True)),
     )
+
+
+def _bands(pairs: Sequence[tuple[float, float]], prefilling: bool) -> list[Band]:
+    """Equal parts of (actual, predicted), by predicted, each with its own noise, and its time conserved."""
+    count = min(MOST_BANDS, len(pairs) // LEAST_RESIDUALS)
+    ordered = sorted(pairs, key=lambda pair: pair[1])
+    places = [place * len(ordered) // count for place in range(count + 1)] if count else []
+    return [
+        Band(prefilling, ordered[end - 1][1], _noise(ordered[begin:end])) for begin, end in pairwise(places)
+    ]
 
 
 def _knees(steps: Sequence[TimedStep]) -> list[float]:

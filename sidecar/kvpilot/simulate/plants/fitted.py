@@ -63,6 +63,18 @@ class Fidelity:
 
 
 @dataclass(frozen=True, slots=True)
+class Band:
+    """Steps alike: what disturbs a short one by a multiple is lost in a long one."""
+
+    prefilling: bool
+    """Whether of steps with prompt tokens."""
+    upto_s: float
+    """Predicted."""
+    residuals: tuple[float, ...]
+    """Quantiles, evenly spaced and ascending, of actual over predicted."""
+
+
+@dataclass(frozen=True, slots=True)
 class Law:
     """Everything of a fitted plant but its dice; JSON and back."""
 
@@ -79,6 +91,9 @@ class Law:
     fidelity: Fidelity
     unseen: tuple[str, ...] = ()
     """Terms of which the recording holds nothing: they cost nothing here, which is unknown, not true."""
+    bands: tuple["Band", ...] = ()
+    """The noise by how long a step is predicted to take, shorter ones first; without any, `decoding` and
+    `prefilling` are drawn from."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n")
@@ -133,7 +148,15 @@ def _law(raw: Mapping[str, Any]) -> Law:
         gap_s=float(raw["gap_s"]),
         fidelity=Fidelity(**fidelity),
         unseen=tuple(map(str, raw["unseen"])),
+        bands=tuple(_band(each) for each in raw.get("bands", ())),
     )
+
+
+def _band(raw: Mapping[str, Any]) -> Band:
+    residuals = tuple(map(float, raw["residuals"]))
+    if not residuals or list(residuals) != sorted(residuals) or residuals[0] <= 0:
+        raise ValueError("residuals must be ascending and above 0")
+    return Band(bool(raw["prefilling"]), float(raw["upto_s"]), residuals)
 
 
 def row(features: StepFeatures, knees: Sequence[float]) -> list[float]:
@@ -157,6 +180,9 @@ class Fitted:
         self._knees = [float(name.removeprefix(KNEE)) for name in law.terms if name not in TERMS]
         names = (*TERMS, *(name for name in law.terms if name not in TERMS))
         self._coefficients = [law.terms[name] for name in names]
+        self._bands = {
+            kind: [band for band in law.bands if band.prefilling == kind] for kind in (False, True)
+        }
         self._noise = noise
         self._dice = random.Random(f"plant/{seed}")
         self._state = self._dice.gauss(0.0, 1.0)
@@ -168,8 +194,16 @@ class Fitted:
             return mean_s + self.law.gap_s
         self._state = self.law.correlation * self._state + self._fresh * self._dice.gauss(0.0, 1.0)
         share = 0.5 * (1 + erf(self._state / sqrt(2)))
-        residuals = self.law.prefilling if features.prefill_tokens else self.law.decoding
-        return mean_s * _at(residuals, share) + self.law.gap_s
+        return mean_s * _at(self._residuals(features, mean_s), share) + self.law.gap_s
+
+    def _residuals(self, features: StepFeatures, mean_s: float) -> tuple[float, ...]:
+        bands = self._bands[bool(features.prefill_tokens)]
+        for band in bands:
+            if mean_s <= band.upto_s:
+                return band.residuals
+        if bands:
+            return bands[-1].residuals
+        return self.law.prefilling if features.prefill_tokens else self.law.decoding
 
     def mean_seconds(self, features: StepFeatures) -> float:
         """Of the step itself, without noise and without the gap after it. Above 0."""
