@@ -9,7 +9,7 @@ _INTRO = """\
 What `GET /metrics` of a pilot shows, in the Prometheus text format and, where the scraper accepts it, in
 OpenMetrics. Generated from the catalogue by `make docs`.
 
-- Every series has the labels `engine` and `rank`; those listed here come after them. A pilot flies one rank.
+- Every series has the labels `engine` and `rank`; those listed here come beside them. A pilot flies one rank.
   The pilot that flies the valves also shows the signals of ranks of the same engine that have no pilot.
 - **Missing is never zero.** A signal without a value has no sample; `kvpilot_signal_available` is 0 for it,
   and `kvpilot_signal_missing` says why. Infinity (`+Inf`) is a value: a time to exhaustion not in sight.
@@ -20,7 +20,9 @@ OpenMetrics. Generated from the catalogue by `make docs`.
   pilot decided something carries an exemplar: the decision's number, and its trace where OTLP is on.
 - `tenant` is one of the tenants that hold or ask most, at most {tenants} of them; the rest is `(other)`.
   Names that the operator did not write down are salted hashes.
-- A page is rendered once for each reading of the signals (twice a second): more scrapers cost nothing more.
+- A page is rendered at most twice a second for each format, by prometheus-client, and only while somebody
+  scrapes: more scrapers cost nothing more. It is handed out for half a second, and for up to a quarter more
+  while the next one is made.
 
 For dashboards: `kvpilot_engine_info` maps an engine and rank to its model. `kvpilot_slo_seconds` has the
 promises to draw beside a latency.
