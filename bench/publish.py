@@ -4,8 +4,8 @@ A real pilot process flies rank 0 of an engine of eight ranks with 50 tenants, t
 policies; the ranks are a child process that writes their pages twenty times a second.
 
 - `scrape_p99_ms`: ten clients that scrape twice a second each, alternating between the two formats. A page
-  holds all eight ranks. Each format is rendered twice a second, between ticks; scrapes share what was made. Of
-  each window the first scrapes wait for a page. `lateness_while_scraped_ms` is what ticks bear meanwhile.
+  holds all eight ranks. Each format is rendered twice a second, between ticks; scrapes share it. In each
+  window the first scrapes wait for a page. `lateness_while_scraped_ms` is what ticks bear meanwhile.
 - `publish_ms_per_tick`: what a tick pays so that signals can be shown which no policy asks for: reading them
   twice a second, their windows, and hanging the tick. CPU time, over the same pages, in this process.
 - `lateness_with_20_viewers_ratio`: mean lateness of ticks while 20 viewers keep the console's stream open
