@@ -191,9 +191,8 @@ def test_long_work_lets_others_run() -> None:
 def test_no_turn_begins_where_the_next_tick_would_wait_for_it(tmp_path: Path) -> None:
     world = world_with_decision()
     page = MetricsPage(flight(world, tmp_path))
-    tick = world.pilot.board.tick
-    assert tick is not None
-    world.clock.move_to(tick.at_ns + TICK_NS - TURN_NS)
+    tick = world.pilot.tick()
+    world.clock.advance((TICK_NS - TURN_NS) / NS)
     asyncio.run(page.answer(""))
     assert world.clock.monotonic_ns() == tick.at_ns + TICK_NS
 
