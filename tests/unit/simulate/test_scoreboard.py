@@ -3,6 +3,7 @@ over a grid of two points.
 """
 
 import json
+import pickle
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -18,10 +19,12 @@ from kvpilot.simulate.bounds import Held, measured, measured_ranks
 from kvpilot.simulate.faults import Fault
 from kvpilot.simulate.foresight import Look, exhaustions, judged, protective_on_lost
 from kvpilot.simulate.grounds import OfScenario, OfSuite
+from kvpilot.simulate.legs import Leg
 from kvpilot.simulate.plants.named import Machine
 from kvpilot.simulate.scenarios import SCENARIOS, Bound, Scenario
+from kvpilot.simulate.scoreboard import _unharmed
 from kvpilot.simulate.suite import load, shipped
-from kvpilot.simulate.sweep import Row
+from kvpilot.simulate.sweep import Order, Row
 from kvpilot.simulate.watch import Seen
 from kvpilot.workload.spec import Part, Workload
 
@@ -182,6 +185,29 @@ def test_grounds_are_compared_by_value() -> None:
     assert one != replace(one, scenario=replace(one.scenario, faults=()))
 
 
+def test_an_order_can_be_sent_to_a_process_with_all_that_it_needs() -> None:
+    settings = load(shipped())
+    for ground in (
+        OfSuite(settings, settings.by_name["chat-0.5"], 1),
+        OfScenario(SCENARIOS["stale-metric"], Machine(), POLICIES, settings, 1),
+    ):
+        order = Order(ground, Leg("pilot", settings.pilot.engine, POLICIES), watched=True)
+        assert pickle.loads(pickle.dumps(order)) == order
+
+
+def test_the_unharmed_leg_lacks_what_hides_signals_and_nothing_else() -> None:
+    settings = load(shipped())
+
+    def without(name: str) -> OfScenario | None:
+        return _unharmed(OfScenario(SCENARIOS[name], Machine(), POLICIES, settings, 1))
+
+    stale = without("stale-metric")
+    assert stale is not None
+    assert stale.scenario.faults == ()
+    assert without("allocator-fragmentation") is None
+    assert without("metastable-burst") is None
+
+
 # End to end
 
 
@@ -229,7 +255,7 @@ def test_a_comparison_end_to_end(field: Path) -> None:
     names = {path.name for path in (field / "plots").iterdir()}
     assert {"goodput.svg", "floors.svg", "kv-over-time.svg", "latency-interactive-ttft.svg"} <= names
 
-    text = run(*asked, "--seeds", 1, "--processes", 1)
+    text = run(*asked, "--seeds", 1, "--processes", 1, "--slice", "0:4")
     for word in ("best static", "regret", "floors", "reversals/min", "forecasts"):
         assert word in text
 
@@ -254,4 +280,13 @@ def test_what_cannot_be_compared_is_one_line(
     done = CliRunner().invoke(app, ["simulate", "--trace", "<script>x.csv", *arguments])
     assert done.exit_code == 1
     assert says in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_ranks_have_no_page() -> None:
+    done = CliRunner().invoke(
+        app, ["simulate", "--scenario", "rank-imbalance", "--compare", "--report", "r.html"]
+    )
+    assert done.exit_code == 1
+    assert "it has 4 ranks" in done.output
     assert len(done.output.strip().splitlines()) == 1

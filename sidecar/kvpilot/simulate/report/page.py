@@ -123,7 +123,7 @@ def _verdict(board: Scoreboard) -> str:
     else:
         against = f"{(1 - ratio) * 100:.0f}\u00a0% less good work than the best of {len(board.judged.points)}"
     low = [FLOOR_NAMES[name] for name, value in board.floors.items() if value < LEAST_FLOOR]
-    bought = f" It gave some of it up elsewhere: {', '.join(low)}." if low else ""
+    bought = f" Below {LEAST_FLOOR:g} of that setting's: {', '.join(low)}." if low else ""
     return (
         f"With nobody tuning it, the pilot served {against} static settings, chosen with hindsight, and "
         f"{defaults:.2f} times what the engine's defaults served.{bought}"
