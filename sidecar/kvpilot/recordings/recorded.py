@@ -121,14 +121,16 @@ def _recorded(path: Path, nonce: int, chunks: list[Chunk], segments: list[Segmen
             f"{path}: {len(steps)} steps, at least {LEAST_STEPS} are needed: record an engine under load"
         )
     counted, has_valve = _counted(chunks)
+    # The ring of a running engine also tells of requests that ended before anybody looked.
+    begin_ns = engines[0].head["at_ns"]
     return Recorded(
         path=path,
         manifest=manifest,
         nonce=nonce,
         promises=tuple(Promise(*each) for each in segments[-1].about["promises"]),
-        begin_ns=engines[0].head["at_ns"],
+        begin_ns=begin_ns,
         steps=steps,
-        requests=tuple(_requests(chunks, shift_ns)),
+        requests=tuple(one for one in _requests(chunks, shift_ns) if one.ended_ns >= begin_ns),
         counted=tuple(counted),
         held=tuple(_held(chunks)),
         has_valve=has_valve,

@@ -62,7 +62,8 @@ class Figure:
     """As flown, simulated: mean over seeds."""
     new: float | None
     error: float | None
-    """Of the simulator on this recording: as flown against recorded, and between seeds; the larger."""
+    """Of the simulator on this recording: as flown against recorded, or between seeds of either account; the
+    largest."""
 
     @property
     def delta(self) -> float | None:
@@ -204,7 +205,8 @@ def _figure(name: str, truth: Score | None, flown: Sequence[Score], new: Sequenc
     )
     error = None
     if ours and recorded is not None:
-        error = max(abs(fmean(ours) - recorded), max(ours) - min(ours))
+        spreads = [max(each) - min(each) for each in (ours, theirs) if each]
+        error = max(abs(fmean(ours) - recorded), *spreads)
     return Figure(name, recorded, fmean(ours) if ours else None, fmean(theirs) if theirs else None, error)
 
 

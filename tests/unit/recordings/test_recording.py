@@ -246,3 +246,36 @@ def test_a_full_queue_drops_and_counts() -> None:
     for _ in range(700):
         recorder.take(SimpleNamespace())  # type: ignore[arg-type]
     assert recorder.lost == 100
+
+
+def test_what_ended_before_the_recording_is_not_in_it(tmp_path: Path) -> None:
+    """A pilot that comes later finds the ring full of requests that are long over."""
+    rolling = Rolling(tmp_path, ABOUT, Kept(1 << 26, 86_400.0))
+    policies = load_policies(shipped(), SMALL.classes)
+    late = START_NS + 8 * NS
+
+    def record(moment: Moment) -> None:
+        if moment.tick.at_ns >= late:
+            rolling.add(moment)
+        else:
+            held.extend(moment.requests)
+
+    held: list[Any] = []
+    replica = Replica(SMALL, Linear(), PROMISES, policies, prompt=prompt, record=record)
+    told, asked = replica.cockpit.pilot.engine.ended_requests, []  # type: ignore[union-attr]
+
+    def all_of_them() -> list[Any]:
+        new = told()
+        asked.extend(new)
+        at_ns = replica.clock.monotonic_ns()
+        return list(asked) if late <= at_ns < late + NS // 10 else new
+
+    replica.cockpit.pilot.engine.ended_requests = all_of_them  # type: ignore
+    replica.fly(arrivals(16.0), 10.0)
+    rolling.flush(replica.clock.monotonic_ns())
+    rolling.close_file()
+    recorded = read_recording(tmp_path)
+    assert recorded.begin_ns == late
+    assert held
+    assert min(one.ended_ns for one in recorded.requests) >= late
+    assert len(recorded.requests) == sum(one.ended_ns >= late for one in asked)
