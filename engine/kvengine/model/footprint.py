@@ -100,8 +100,11 @@ class Footprint:
         return max(target_bytes, self.draft.step_memory.step_bytes(draft_size))
 
     def worst_step_bytes(self, step_tokens: int, running: int, drafts: int) -> int:
-        """The largest step under these limits: as many tokens as allowed, every running sequence sampled."""
-        rows = min(step_tokens, running * (1 + drafts))
+        """The largest step under these limits: as many tokens as allowed, every running sequence sampled.
+
+        Choices of a prompt that ends are drawn from one token; only drafts need one of their own.
+        """
+        rows = running + min(running, step_tokens // (1 + drafts) + 1) * drafts
         size = StepSize(step_tokens, rows, 2 * rows, min(running, step_tokens) * self.max_model_len)
         # What the draft lacks has nothing to do with the step's tokens: whole contexts, at the worst.
         behind = running * self.max_model_len

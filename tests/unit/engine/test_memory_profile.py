@@ -202,3 +202,19 @@ def test_the_worst_small_step_has_a_draft_that_catches_up(engine) -> None:
         piece.request.draft_computed = 0
     assert sum(len(piece.request.tokens) for piece in late) > DRAFT_CATCH_UP_TOKENS
     assert engine._step_bytes(late, late) <= worst_bytes
+
+
+@pytest.mark.parametrize(("budget", "drafts"), [(1, 0), (16, 0), (16, 4), (41, 4), (100, 4), (512, 4)])
+@pytest.mark.parametrize("choices", [1, 20, 64])
+def test_choices_are_drawn_from_one_token_beyond_the_budget(engine, budget, drafts, choices) -> None:
+    """A prompt that ends draws for all of its choices at once, beside as many that decode as may."""
+    worst_bytes = engine.footprint.worst_step_bytes(budget, running=64, drafts=drafts)
+    first, *others = requests(choices, 17, 0.7, 0.9)
+    first.add_forks(others)
+    decoding = min(64 - choices, (budget - 1) // (1 + drafts))
+    beside = decode(decoding, drafts, 0.7, 0.9)
+    left = budget - decoding * (1 + drafts)
+    prompt = min(left, 17)
+    slices = [*beside, Slice(first, 17 - prompt, prompt, samples=True)]
+    charged = engine._step_bytes(slices, [piece for piece in slices if piece.drafts])
+    assert charged <= worst_bytes
