@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpilot.link.controls import Scope
+from kvpilot.simulate.report.figures import file_name
 from kvpilot.simulate.report.markup import row, table
 from kvpilot.simulate.report.style import CHARTS, PAGE
 from kvpilot.simulate.report.svg import (
@@ -78,6 +79,16 @@ def test_both_themes_name_the_same_colours_and_no_rule_names_another() -> None:
     light, dark = (set(re.findall(r"(--\w+):", part)) for part in CHARTS.split("prefers-color-scheme")[:2])
     assert light == dark
     assert set(re.findall(r"var\((--\w+)\)", PAGE)) <= light
+
+
+def test_a_chart_of_any_tenant_is_a_file_of_its_own() -> None:
+    assert file_name("knob", "max_running", "") == "knob-max_running"
+    assert file_name("knob", "shed_fraction", "batch and below") == "knob-shed_fraction-batch-and-below"
+    names = {
+        file_name("knob", "shed_fraction", f"tenant {name}") for name in ("../a", "a", "..?a", "/" * 300)
+    }
+    assert len(names) == 4
+    assert all(re.fullmatch(r"[\w.-]{1,100}", name) for name in names)
 
 
 def test_knobs_over_time_begin_at_their_baseline() -> None:

@@ -1,7 +1,9 @@
 """Which charts a scoreboard has: what is drawn of it, and how axes are chosen."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 from kvpilot.simulate.comparison import goodput
 from kvpilot.simulate.report.svg import (
@@ -178,10 +180,17 @@ def knobs(board: Scoreboard) -> list[Chart]:
     """What the pilot moved, the baseline dashed."""
     seen = board.judged.pilot[0].seen
     moved = () if seen is None else [each for each in seen.moved if len(each.values) > 1][:KNOBS]
-    return [_knob(each, number, board) for number, each in enumerate(moved, 1)]
+    return [_knob(each, board) for each in moved]
 
 
-def _knob(each: Moved, number: int, board: Scoreboard) -> Chart:
+def file_name(*parts: str) -> str:
+    """Letters, digits, dots and dashes, whatever a tenant is called; others are told apart by a checksum."""
+    plain = "-".join(part for part in parts if part)
+    safe = re.sub(r"[^\w.]+", "-", plain.replace(" ", "-"), flags=re.ASCII)[:80]
+    return safe if safe == plain.replace(" ", "-") else f"{safe}-{crc32(plain.encode()):08x}"
+
+
+def _knob(each: Moved, board: Scoreboard) -> Chart:
     until_s = max(board.window_s, 1.0)
     values = [value for _, value in each.values]
     baseline = each.bounds[2]
@@ -195,7 +204,7 @@ def _knob(each: Moved, number: int, board: Scoreboard) -> Chart:
     y = nice(0.0, top, 3, _short)
     marks = [Mark(at_s, to_s, "") for at_s, to_s, _ in board.marks]
     title = each.knob + (f" · {each.scope}" if each.scope else "")
-    name = f"knob-{number}-{each.knob}"
+    name = file_name("knob", each.knob, each.scope)
 
     def body(width: float) -> tuple[float, str]:
         return 120, plot((width, 120), seconds(until_s, 5), y, [line, *home], marks, named=False)

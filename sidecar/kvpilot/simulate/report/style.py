@@ -83,6 +83,8 @@ details{margin-top:.7rem}summary{cursor:pointer;color:var(--soft);font-size:.88r
 dl{font-size:.86rem;margin-top:.5rem}dt{font-weight:600;margin-top:.45rem}dd{color:var(--soft);max-width:80ch}
 @media(max-width:1000px){.tiles{grid-template-columns:repeat(3,1fr)}}
 @media(max-width:700px){.pair,.knobs{grid-template-columns:1fr}.tiles{grid-template-columns:1fr 1fr}
+table{font-size:.8rem}th,td{padding:.26rem .2rem}th{white-space:normal}thead th{font-size:.74rem}
+td.text,th.text{min-width:5.2rem;overflow-wrap:anywhere}th i{display:block;margin:0 0 .15rem auto}
 .wide{display:none}.narrow{display:block}.card{padding:.85rem .85rem 1rem}.tile b{font-size:1.35rem}}
 @media print{.card,.tile{break-inside:avoid}}
 """
