@@ -15,6 +15,7 @@ from typing import Protocol
 from kvengine.core import Core, Step
 from kvengine.kv.table import BlockTables
 from kvengine.request import Request
+from kvengine.sched.peak import shared_blocks
 from kvengine.sched.scheduler import Knobs, Scheduler
 from kvpilot.inside.hook import StepHook
 from kvpilot.inside.lengths import LengthPredictor
@@ -234,17 +235,32 @@ class _Scan:
         by_packing: dict[int, list[Request]] = {}
         for request in scheduler.running:
             by_packing.setdefault(request.packing, []).append(request)
-        # Sums over packings: of means exact, of quantiles on the safe side.
+        # Blocks that several hold count once, and until all of their holders have ended: as if to the last
+        # horizon. Sums over packings: of means exact, of quantiles on the safe side.
+        common: set[int] = set()
         values = [0.0] * len(_DEMAND_FIELDS)
         for packing, running in (by_packing or {1: []}).items():
+            size = scheduler.block_size * packing
             held = [
-                (len(request.tokens) - request.evicted, request.output_count, request.tenant or "")
+                (_own_tokens(request, size, scheduler, common), request.output_count, request.tenant or "")
                 for request in running
             ]
-            demands = lengths.demand(held, scheduler.block_size * packing, HORIZONS)
+            demands = lengths.demand(held, size, HORIZONS)
             values = [a + b for a, b in zip(values, chain(*demands), strict=True)]
+        values = [value + len(common) for value in values]
         self.fields = dict(zip(_DEMAND_FIELDS, values, strict=True))
         self.fields |= _blocks_by_precision(by_packing, scheduler)
+
+
+def _own_tokens(request: Request, size: int, scheduler: Scheduler, common: set[int]) -> int:
+    """What of its KV lies in blocks of `size` tokens that it holds alone; the others go to `common`.
+
+    The block that it writes next is its own in either case: before it does it has a copy.
+    """
+    held = len(request.tokens) - request.evicted
+    shared = min(shared_blocks(request.blocks, scheduler.pool.references), request.stored // size)
+    common.update(request.blocks[:shared])
+    return held - shared * size
 
 
 def _blocks_by_precision(by_packing: dict[int, list[Request]], scheduler: Scheduler) -> dict[str, float]:

@@ -101,7 +101,7 @@ class PeakDemand:
         references, own, tails = self._tables.pool.references, 0, set()
         members: list[_Member] = []
         for request in running:
-            shared = _shared(request.blocks, references)
+            shared = shared_blocks(request.blocks, references)
             own += len(request.blocks) - shared
             size = self._tables.tokens_in_block(request)
             if request.tail_shared and shared * size > request.computed:
@@ -128,7 +128,7 @@ class PeakDemand:
 
     def admitted(self, request: Request) -> None:
         """It runs, and holds what the prefix cache had of it."""
-        self._add(self._members(request, _shared(request.blocks, self._tables.pool.references)))
+        self._add(self._members(request, shared_blocks(request.blocks, self._tables.pool.references)))
 
     def peak(self, z: float = PESSIMISM) -> float:
         """The quantile at the worst moment, of what runs."""
@@ -166,6 +166,6 @@ class _Member(NamedTuple):
     cap: int
 
 
-def _shared(blocks: Sequence[int], references: Sequence[int]) -> int:
+def shared_blocks(blocks: Sequence[int], references: Sequence[int]) -> int:
     """How many blocks of a table others hold too: its first ones, for who holds one holds those before it."""
     return bisect_left(blocks, True, key=lambda block: references[block] < 2)

@@ -277,6 +277,35 @@ def test_demand_is_predicted_every_16_steps_and_says_when() -> None:
     assert last["demand_16_p10_blocks"] <= last["demand_16_p50_blocks"] <= last["demand_16_p90_blocks"]
 
 
+@pytest.mark.parametrize("sharing", ["cached", "choices"])
+def test_demand_counts_what_is_shared_once(sharing: str) -> None:
+    """Two sequences of one prompt; when both go on, the 90 % quantile is what they hold 16 steps later."""
+    flight = Flight(draft=False, cached=sharing == "cached")
+    tails = [[1, 1], [2, 2] if sharing == "cached" else [1, 1]]
+    made = [Request(number, [7] * 40 + tails[number], SamplingParams(50), 0, None, 0) for number in (0, 1)]
+    if sharing == "choices":
+        made[0].add_forks(made[1:])
+        flight.core.accept(made[0])
+    else:
+        flight.core.accept(made[0])
+        flight.step()
+        for request in made[1:]:
+            flight.core.accept(request)
+    while flight.core.totals.steps < 2 * SCAN_STEPS:
+        flight.step()
+    records = flight.reader.poll()
+    early, later = records[SCAN_STEPS - 1], records[2 * SCAN_STEPS - 1]
+    held = [BLOCKS - record["kv_blocks_free"] - record["kv_blocks_cached"] for record in (early, later)]
+    assert len(flight.scheduler.running) == 2
+    assert early["kv_blocks_shared"] == 42 // BLOCK
+    each = later["steps_total"] - early["steps_total"]
+    assert held[1] == held[0] + 2 * each // BLOCK
+    assert early["demand_16_p50_blocks"] < held[1] <= early["demand_16_p90_blocks"] <= held[1] + 1
+    while flight.core.requests:
+        flight.step()
+    assert flight.reader.poll()[-1]["demand_16_p90_blocks"] == 0
+
+
 def test_knobs_move_at_step_boundaries_and_are_echoed() -> None:
     """A lease is obeyed in the step after it is seen renewed, and baseline is back one ttl later."""
     flight = Flight()
