@@ -28,6 +28,10 @@ _TITLES = {
 def replay(
     recording: Annotated[Path, typer.Argument(help="A recording's directory, or one of its files.")],
     policies: Annotated[Path, typer.Option(help="A directory of policies: those to be tried.")],
+    last: Annotated[float, typer.Option(min=1.0, help="Seconds of it: the newest.")] = 900.0,
+    ago: Annotated[
+        float, typer.Option(min=0.0, help="Seconds before its end at which those end, for what is past.")
+    ] = 0.0,
     seeds: Annotated[
         int, typer.Option(min=1, max=100, help="Flights of each account, with noise of their own.")
     ] = 3,
@@ -42,7 +46,7 @@ def replay(
     from kvpilot.simulate.replay import replay as replayed
 
     try:
-        found = replayed(recording, policies, seeds, despite_missing)
+        found = replayed(recording, policies, seeds, despite_missing, last, ago)
     except (ConfigError, PolicyErrors, ValueError) as error:
         sys.exit(f"kvpilot: {error}")
     if as_json:

@@ -3,7 +3,7 @@
 Nothing here interprets: who came is worked out by `kvpilot.simulate.recalled`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from kvpilot.link.controls import Scope
 from kvpilot.link.manifest import Manifest, ManifestError
 from kvpilot.link.records import StepRecord
 from kvpilot.link.requests import EndedRequest, ended_request
-from kvpilot.recordings.recorder import segments_in
+from kvpilot.recordings.recorder import FLUSH_NS, segments_in
 from kvpilot.recordings.segment import SUFFIX, Chunk, RecordingError, Segment, read_segment
 
 LEAST_STEPS = 64
@@ -85,12 +85,20 @@ class Recorded:
         return int(self.steps[-1].get("time_ns") or self.begin_ns)
 
 
-def read_recording(path: Path) -> Recorded:
-    """A recording's directory, or one of its files. Raises RecordingError, in one line."""
+def read_recording(path: Path, last_s: float | None = None, ago_s: float = 0.0) -> Recorded:
+    """A recording's directory, or one of its files: all of it, or the `last_s` until `ago_s` before its end.
+    Raises RecordingError, in one line.
+    """
     files = segments_in(path) if path.is_dir() else [path]
     if not files:
         raise RecordingError(f"{path}: no recording there: no {SUFFIX} files; `kvpilot run` writes them")
-    segments = [read_segment(file) for file in files]
+    since_ns, until_ns = span = _span(files[-1], last_s, ago_s)
+
+    def wanted(head: Mapping[str, Any]) -> bool:
+        seen_ns: float = head.get("seen_ns", since_ns)
+        return since_ns <= seen_ns <= until_ns + 2 * FLUSH_NS
+
+    segments = [read_segment(file, wanted) for file in files]
     chunks = [chunk for segment in segments for chunk in segment.chunks]
     starts: dict[int, list[Chunk]] = {}
     for chunk in chunks:
@@ -99,14 +107,28 @@ def read_recording(path: Path) -> Recorded:
         raise RecordingError(f"{path}: truncated: it holds not one whole chunk")
     nonce = max(starts, key=lambda one: sum(len(c.rows) for c in starts[one] if c.kind == "steps"))
     try:
-        return _recorded(path, nonce, starts[nonce], segments, len(starts))
+        return _recorded(path, nonce, starts[nonce], segments, len(starts), span)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, RecordingError):
             raise
         raise RecordingError(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
 
-def _recorded(path: Path, nonce: int, chunks: list[Chunk], segments: list[Segment], starts: int) -> Recorded:
+Span = tuple[float, float]
+"""From and until when, on the pilot's clock."""
+
+
+def _span(newest: Path, last_s: float | None, ago_s: float) -> Span:
+    if last_s is None and not ago_s:
+        return 0.0, float("inf")
+    heads = [chunk.head for chunk in read_segment(newest, lambda head: False).chunks]
+    until_ns = max((head["seen_ns"] for head in heads if "seen_ns" in head), default=0) - ago_s * NS
+    return (0.0 if last_s is None else until_ns - last_s * NS), until_ns
+
+
+def _recorded(
+    path: Path, nonce: int, chunks: list[Chunk], segments: list[Segment], starts: int, span: Span
+) -> Recorded:
     engines = [chunk for chunk in chunks if chunk.kind == "engine"]
     if not engines:
         raise RecordingError(f"{path}: truncated: what engine this was is not in it")
@@ -115,14 +137,15 @@ def _recorded(path: Path, nonce: int, chunks: list[Chunk], segments: list[Segmen
     except ManifestError as error:
         raise RecordingError(f"{path}: {error}") from error
     shift_ns = _clocks_apart_ns(chunks)
-    steps = _steps(chunks, shift_ns)
+    steps = _steps(chunks, shift_ns, span)
     if len(steps) < LEAST_STEPS:
         raise RecordingError(
             f"{path}: {len(steps)} steps, at least {LEAST_STEPS} are needed: record an engine under load"
         )
     counted, has_valve = _counted(chunks)
     # The ring of a running engine also tells of requests that ended before anybody looked.
-    begin_ns = engines[0].head["at_ns"]
+    begin_ns = max(engines[0].head["at_ns"], round(span[0]))
+    requests = (one for one in _requests(chunks, shift_ns) if one.ended_ns >= begin_ns)
     return Recorded(
         path=path,
         manifest=manifest,
@@ -130,9 +153,9 @@ def _recorded(path: Path, nonce: int, chunks: list[Chunk], segments: list[Segmen
         promises=tuple(Promise(*each) for each in segments[-1].about["promises"]),
         begin_ns=begin_ns,
         steps=steps,
-        requests=tuple(one for one in _requests(chunks, shift_ns) if one.ended_ns >= begin_ns),
-        counted=tuple(counted),
-        held=tuple(_held(chunks)),
+        requests=tuple(one for one in requests if one.received_ns <= span[1]),
+        counted=tuple(one for one in counted if begin_ns <= one.at_ns <= span[1]),
+        held=tuple(_within(list(_held(chunks)), begin_ns, span[1])),
         has_valve=has_valve,
         torn_bytes=sum(segment.torn_bytes for segment in segments),
         starts=starts,
@@ -150,7 +173,7 @@ def _clocks_apart_ns(chunks: Iterable[Chunk]) -> int:
     return least if abs(least) > _CLOCKS_APART_NS else 0
 
 
-def _steps(chunks: Iterable[Chunk], shift_ns: int) -> tuple[StepRecord, ...]:
+def _steps(chunks: Iterable[Chunk], shift_ns: int, span: Span) -> tuple[StepRecord, ...]:
     found = list[StepRecord]()
     for chunk in chunks:
         if chunk.kind != "steps":
@@ -161,7 +184,8 @@ def _steps(chunks: Iterable[Chunk], shift_ns: int) -> tuple[StepRecord, ...]:
         for row in chunk.rows:
             values = list(row)
             values[index["time_ns"]] += shift_ns
-            found.append(StepRecord(len(found) + 1, tuple(values), index))
+            if span[0] <= values[index["time_ns"]] <= span[1]:
+                found.append(StepRecord(len(found) + 1, tuple(values), index))
     return tuple(found)
 
 
@@ -211,6 +235,13 @@ def _held(chunks: Iterable[Chunk]) -> Iterable[Held]:
                 continue  # Told again, at the beginning of the next file.
             last_ns = change["at_ns"]
             yield _held_of(change)
+
+
+def _within(held: Sequence[Held], begin_ns: int, until_ns: float) -> list[Held]:
+    """With what was in force at the beginning, from there on."""
+    before = [one for one in held if one.at_ns < begin_ns][-1:]
+    begun = [one._replace(at_ns=begin_ns) for one in before]
+    return begun + [one for one in held if begin_ns <= one.at_ns <= until_ns]
 
 
 def _held_of(change: Mapping[str, Any]) -> Held:

@@ -13,7 +13,7 @@ import json
 import struct
 import zlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +27,7 @@ _MOST_BYTES = 64 << 20
 _MASK = (1 << 64) - 1
 
 Row = Sequence[float]
+Wanted = Callable[[Mapping[str, Any]], bool]
 
 
 class RecordingError(ValueError):
@@ -88,8 +89,10 @@ class Segment:
     """At the end, that belong to no whole chunk."""
 
 
-def read_segment(path: Path) -> Segment:
-    """Raises RecordingError for a file of another kind or version, or without a whole first line."""
+def read_segment(path: Path, wanted: Wanted = lambda head: True) -> Segment:
+    """Chunks that are not `wanted`, by their head, come without their rows. Raises RecordingError for a file
+    of another kind or version, or without a whole first line.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -112,11 +115,11 @@ def read_segment(path: Path) -> Segment:
         about = None
     if not isinstance(about, dict):
         raise RecordingError(f"{path}: truncated: not even its first lines are whole")
-    chunks, used = _chunks(rest)
+    chunks, used = _chunks(rest, wanted)
     return Segment(about, tuple(chunks), len(rest) - used)
 
 
-def _chunks(data: bytes) -> tuple[list[Chunk], int]:
+def _chunks(data: bytes, wanted: Wanted) -> tuple[list[Chunk], int]:
     """Whole chunks, and the bytes that they take; whatever follows one that is not whole is not looked at."""
     found, at = list[Chunk](), 0
     while len(data) - at >= _FRAME.size:
@@ -124,15 +127,17 @@ def _chunks(data: bytes) -> tuple[list[Chunk], int]:
         payload = data[at + _FRAME.size : at + _FRAME.size + length]
         if length > _MOST_BYTES or len(payload) < length or zlib.crc32(payload) != crc:
             break
-        found.append(_chunk(payload))
+        found.append(_chunk(payload, wanted))
         at += _FRAME.size + length
     return found, at
 
 
-def _chunk(payload: bytes) -> Chunk:
+def _chunk(payload: bytes, wanted: Wanted) -> Chunk:
     head, _, body = zlib.decompress(payload).partition(b"\n")
     about = json.loads(head)
     columns, count, floats = tuple(about["columns"]), about["rows"], frozenset(about["floats"])
+    if not wanted(about):
+        return Chunk(about["kind"], about, columns, floats)
     size = 8 * count
     values = [
         _unpacked(body[place * size : (place + 1) * size], name in floats)

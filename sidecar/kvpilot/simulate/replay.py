@@ -137,9 +137,18 @@ def _row(moved: Moved) -> dict[str, Any]:
     return {name: getattr(moved, name) for name in Moved.__slots__}
 
 
-def replay(path: Path, policies: Path, seeds: int = SEEDS, despite_missing: bool = False) -> Replayed:
-    """Raises RecordingError, PlantError and PolicyErrors, each in one line or a line for each mistake."""
-    recorded = read_recording(path)
+def replay(
+    path: Path,
+    policies: Path,
+    seeds: int = SEEDS,
+    despite_missing: bool = False,
+    last_s: float | None = None,
+    ago_s: float = 0.0,
+) -> Replayed:
+    """All of the recording, or the `last_s` until `ago_s` before its end. Raises RecordingError, PlantError
+    and PolicyErrors, each in one line or a line for each mistake.
+    """
+    recorded = read_recording(path, last_s, ago_s)
     law = calibrated(steps_of(newest_steps(recorded, FIT_STEPS)))
     recalled = recall(recorded)
     loaded = load_policies(policies, recalled.deployment.classes)

@@ -279,3 +279,21 @@ def test_what_ended_before_the_recording_is_not_in_it(tmp_path: Path) -> None:
     assert held
     assert min(one.ended_ns for one in recorded.requests) >= late
     assert len(recorded.requests) == sum(one.ended_ns >= late for one in asked)
+
+
+def test_a_stretch_of_a_recording_can_be_read(flight: tuple[Path, Replica]) -> None:
+    whole = read_recording(flight[0])
+    part = read_recording(flight[0], last_s=6.0, ago_s=4.0)
+    until_ns = part.begin_ns + 6 * NS
+    assert whole.begin_ns < part.begin_ns < part.end_ns <= until_ns < whole.end_ns
+    assert part.end_ns > until_ns - NS
+    assert {step["time_ns"] for step in part.steps} == {
+        step["time_ns"] for step in whole.steps if part.begin_ns <= step["time_ns"] <= until_ns
+    }
+    came = [one for one in whole.requests if one.received_ns <= until_ns and one.ended_ns >= part.begin_ns]
+    assert list(part.requests) == came
+    assert 0 < len(came) < len(whole.requests)
+    before = [held for held in whole.held if held.at_ns < part.begin_ns]
+    assert part.held[0].values == before[-1].values
+    assert part.held[0].at_ns == part.begin_ns
+    assert all(part.begin_ns <= one.at_ns <= until_ns for one in part.counted)
