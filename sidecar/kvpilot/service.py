@@ -30,7 +30,7 @@ from kvpilot.api.client import SocketError
 from kvpilot.api.console.show import Show
 from kvpilot.api.http import HttpError, build_app, build_server, listen
 from kvpilot.api.operate import OperatingSocket
-from kvpilot.clock import NS, Clock
+from kvpilot.clock import Clock
 from kvpilot.config import Config
 from kvpilot.flight import Flight
 from kvpilot.journal.ledger import Ledger
@@ -280,13 +280,7 @@ class Service:
             from kvpilot.publish.otlp import Batch
 
             _, tick, collected = await self._page.gathered()
-            wall_ns = self._clock.wall_ns()
-            if tick is None or tick.sight.manifest is None:
-                self._otlp.offer(Batch(wall_ns, collected))
-                return
-            sight, manifest = tick.sight, tick.sight.manifest
-            started = tick.wall_ns - round(sight.age_s * NS)
-            self._otlp.offer(Batch(wall_ns, collected, started, sight.nonce, manifest.model, manifest.engine))
+            self._otlp.offer(Batch.of(collected, tick, self._clock.wall_ns()))
 
     async def rescan(self) -> None:
         """Take a changed policy directory whole, or not at all."""

@@ -20,9 +20,10 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 
-from kvpilot.clock import Clock
+from kvpilot.clock import NS, Clock
 from kvpilot.config import Otlp
 from kvpilot.journal.records import Record
+from kvpilot.publish.board import Tick
 from kvpilot.publish.collected import Collected
 from kvpilot.publish.decision_spans import Decided, DecisionSpans
 from kvpilot.publish.otlp_metrics import MetricsMaker
@@ -49,6 +50,15 @@ class Batch:
     nonce: int = 0
     model: str | None = None
     provider: str | None = None
+
+    @classmethod
+    def of(cls, collected: Sequence[Collected], tick: Tick | None, wall_ns: int) -> "Batch":
+        """What was collected of `tick`, with the engine start that it saw."""
+        if tick is None or tick.sight.manifest is None:
+            return cls(wall_ns, collected)
+        sight, manifest = tick.sight, tick.sight.manifest
+        started_wall_ns = tick.wall_ns - round(sight.age_s * NS)
+        return cls(wall_ns, collected, started_wall_ns, sight.nonce, manifest.model, manifest.engine)
 
 
 @dataclass(slots=True)
