@@ -7,7 +7,7 @@ As-flown less recorded is the simulator's error on this very recording: no small
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +33,8 @@ from kvpilot.workload.prompt import token_ids
 SEEDS = 3
 """Of the plant's noise: one flight of each account is one draw."""
 FIT_STEPS = 16_384
+WARM_S = 120.0
+"""Flown before what is judged, as far as it was recorded: pilot and engine have to learn first."""
 FIGURES = (
     "goodput_work",
     "goodput_per_offered",
@@ -148,9 +150,9 @@ def replay(
     """All of the recording, or the `last_s` until `ago_s` before its end. Raises RecordingError, PlantError
     and PolicyErrors, each in one line or a line for each mistake.
     """
-    recorded = read_recording(path, last_s, ago_s)
+    recorded = read_recording(path, None if last_s is None else last_s + WARM_S, ago_s)
     law = calibrated(steps_of(newest_steps(recorded, FIT_STEPS)))
-    recalled = recall(recorded)
+    recalled = _judged(recall(recorded), recorded, last_s)
     loaded = load_policies(policies, recalled.deployment.classes)
     limits = list(recalled.limits)
     if lacking := _lacking(loaded, recorded):
@@ -179,6 +181,15 @@ def replay(
         judged=flown[0][0].offered,
         limits=tuple(limits),
     )
+
+
+def _judged(recalled: Recalled, recorded: Recorded, last_s: float | None) -> Recalled:
+    """What comes before the stretch that was asked for is flown and not judged."""
+    if last_s is None:
+        return recalled
+    begin_s, end_s = recalled.window_s
+    begin_s = max(begin_s, (recorded.end_ns - recorded.begin_ns) / NS - last_s)
+    return replace(recalled, window_s=(begin_s, max(end_s, begin_s + 1e-6)))
 
 
 def _fly(

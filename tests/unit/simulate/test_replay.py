@@ -145,6 +145,15 @@ def _silent(recorded: Recorded) -> Any:
     return replace(recorded.manifest, request_columns=(), request_records=0)
 
 
+def test_what_comes_before_the_stretch_warms_up_and_is_not_judged(recording: Path) -> None:
+    whole = read_recording(recording)
+    end_s = (whole.end_ns - whole.begin_ns) / NS
+    made = replays._judged(recall(whole), whole, 5.0)
+    assert made.window_s[0] == pytest.approx(end_s - 5.0)
+    assert made.arrivals == recall(whole).arrivals
+    assert replays._judged(recall(whole), whole, None) == recall(whole)
+
+
 def test_a_delta_is_believed_only_beyond_the_error() -> None:
     assert Figure("x", 1.0, 1.2, 1.3, 0.2).verdict == "within error"
     assert Figure("x", 1.0, 1.2, 1.5, 0.2).verdict == "changed"
