@@ -41,13 +41,12 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
 ) -> None:
     """What other policies would have made of a recorded flight, beside the simulator's own error on it."""
-    from kvengine.errors import ConfigError
     from kvpilot.policy.load import PolicyErrors
     from kvpilot.simulate.replay import replay as replayed
 
     try:
         found = replayed(recording, policies, seeds, despite_missing, last, ago)
-    except (ConfigError, PolicyErrors, ValueError) as error:
+    except (PolicyErrors, ValueError) as error:
         sys.exit(f"kvpilot: {error}")
     if as_json:
         typer.echo(json.dumps(found.as_dict()))

@@ -150,6 +150,8 @@ def replay(
     """All of the recording, or the `last_s` until `ago_s` before its end. Raises RecordingError, PlantError
     and PolicyErrors, each in one line or a line for each mistake.
     """
+    from kvengine.errors import ConfigError
+
     recorded = read_recording(path, None if last_s is None else last_s + WARM_S, ago_s)
     law = calibrated(steps_of(newest_steps(recorded, FIT_STEPS)))
     recalled = _judged(recall(recorded), recorded, last_s)
@@ -164,8 +166,11 @@ def replay(
     if recorded.starts > 1:
         limits.append(f"the recording holds {recorded.starts} starts of the engine; this is the longest")
     promises = Promises(recalled.slos, recalled.patience, pace(Fitted(law, noise=False)).speed.r)
-    flown = [_fly(recalled, law, promises, seed, None) for seed in range(seeds)]
-    new = [_fly(recalled, law, promises, seed, loaded) for seed in range(seeds)]
+    try:
+        flown = [_fly(recalled, law, promises, seed, None) for seed in range(seeds)]
+        new = [_fly(recalled, law, promises, seed, loaded) for seed in range(seeds)]
+    except ConfigError as error:
+        raise RecordingError(f"{path}: {error}") from error
     truth = None
     if recalled.outcomes:
         actions = _actions(recorded)
