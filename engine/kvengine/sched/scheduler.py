@@ -75,7 +75,7 @@ class Scheduler:
         self.kv_limited = False
         """Whether, in the latest step, want of KV blocks held a request up or sent one back."""
         self.budget_limited = False
-        """Whether the latest step used up its token budget."""
+        """Whether the latest step used up its token budget, or what prompts may have of it."""
         self.admitted: list[Request] = []
         """Admitted for the first time in the latest step."""
         self._steps = 0
@@ -117,7 +117,7 @@ class Scheduler:
         self._resume_beams()
         self._cover_drafts()
         self._admit(knobs, now_ns)
-        self.budget_limited = self._budget_left == 0
+        self.budget_limited = 0 in (self._budget_left, self._prefill_left)
         return Batch(self._slices, self.tables.take_copies())
 
     def check(self) -> None:

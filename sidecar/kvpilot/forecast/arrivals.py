@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from kvpilot.forecast.faded import FadedShare
 from kvpilot.link.telemetry_page import ClassRow
 
-TAU_S = 5.0
+TAU_S = 20.0
+"""About as long as those wait for whom this is asked: a burst of seconds says little on half a minute."""
 _UNKNOWN_TOKENS = 1.0
 """Size of a request of a class that was never seen waiting: only ratios count where all are unknown."""
 

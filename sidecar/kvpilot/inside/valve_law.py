@@ -12,8 +12,10 @@ A class above the one named is never touched. A lapsed lease opens linearly over
 of a fraction less and less is shed; of credits what was left may still be used up, and of those requests
 that find nothing left, fewer and fewer are turned away.
 
-Who is turned away is told when to come back. Nobody knows how long an overload lasts; the best guess without
-a forecast is "as long again as it has lasted", jittered by half so that clients do not return together.
+Who is turned away is told when to come back. Nobody knows how long an overload lasts; without a scale of its
+own (a prior of 1/t) one that has lasted t is over after x more with a chance of x / (t + x). Whoever comes back
+while it lasts waits in vain and takes the place of one who would not, so x is `PATIENCE` times t: nine in ten
+are over by then. Jittered by half, so that clients do not return together.
 
 `admit` is O(leases in force); memory is bounded.
 """
@@ -42,6 +44,11 @@ __all__ = ["OPENING_NS", "SHED_FRACTION", "Decision", "ValveLaw"]
 RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
 _JITTER = 0.5
+PATIENCE = 9.0
+OVER_NS = 5 * NS
+"""An overload is over when nobody was turned away for so long. Credits come ten times a second, and in most
+tenths somebody finds some: that is no end of it.
+"""
 
 
 class Decision(NamedTuple):
@@ -68,6 +75,8 @@ class ValveLaw:
         self._sizes = PromptSizes()
         self._fractions = Counted()
         self._openings = Counted()
+        self._overloads: dict[int, tuple[int, int]] = {}
+        """By class level: since when, and until when, requests found no credits."""
         self._draining = False
 
     @property
@@ -147,14 +156,15 @@ class ValveLaw:
                 share, by = strength, held
         if by is None or (share < 1.0 and not self._openings.is_due((level, tenant), share)):
             return None
-        by.refused = True
-        if by.refusing_ns is None:
-            by.refusing_ns = now_ns
+        since_ns, until_ns = self._overloads.get(level, (now_ns, now_ns))
+        if now_ns - until_ns > OVER_NS:
+            since_ns = now_ns
+        self._overloads[level] = (since_ns, now_ns)
         reason = f"no credits are left for such requests for now (decision {by.lease.decision_id})"
-        return self._refusal(by.refusing_ns, now_ns, reason, "credits")
+        return self._refusal(since_ns, now_ns, reason, "credits")
 
     def _refusal(self, since_ns: int, now_ns: int, reason: str, why: str) -> Decision:
-        return Decision(False, 429, self._jittered((now_ns - since_ns) / NS), reason, why)
+        return Decision(False, 429, self._jittered(PATIENCE * (now_ns - since_ns) / NS), reason, why)
 
     def _jittered(self, seconds: float) -> float:
         """Around `seconds`, up to half of it earlier or later, always within 1-60 s: the middle is bounded

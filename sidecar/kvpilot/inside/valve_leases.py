@@ -38,10 +38,6 @@ class HeldLease:
     bucket: Bucket = field(default_factory=Bucket)
     offered: int = 0
     """Prompt tokens that requests in scope asked for, over all renewals."""
-    refusing_ns: int | None = None
-    """When the bucket first turned someone away, over all renewals since in each of which it did."""
-    refused: bool = False
-    """Whether it has, since the last renewal."""
 
     @property
     def target(self) -> Target:
@@ -149,5 +145,3 @@ class ValveLeases:
         held.expires_ns = now_ns + min(lease.ttl_ns, longest_ns)
         if lease.knob == ADMISSION_CREDITS:
             held.bucket.refill(lease.value * self._share(lease.scope, held.offered, now_ns))
-            held.refusing_ns = held.refusing_ns if held.refused else None
-            held.refused = False

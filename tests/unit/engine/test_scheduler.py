@@ -67,7 +67,7 @@ def test_no_step_exceeds_its_budget(budget: int) -> None:
         assert batch.prefill_tokens <= 4
         assert all(item.count >= 1 for item in batch.slices)
         commit(batch)
-        assert engine.budget_limited == (batch.tokens == budget)
+        assert engine.budget_limited == (batch.tokens == budget or batch.prefill_tokens == 4)
 
 
 def test_decodes_beyond_the_budget_take_turns() -> None:

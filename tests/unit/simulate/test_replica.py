@@ -117,8 +117,9 @@ def test_who_loses_patience_is_gone_and_frees_its_blocks() -> None:
 def test_shed_clients_come_back_when_told_and_count_once() -> None:
     """A closed valve: interactive clients retry twice after Retry-After, batch clients go."""
     policies = always("shed_fraction", 1.0, ", scope: {classAtMost: 1}")
-    replica = Replica(small(), Linear(), PROMISES, policies)
-    outcomes = replica.fly([one(1.0), one(1.0, klass="batch", seed=2)], 30.0)
+    patient = replace(PROMISES, patience={**PROMISES.patience, "interactive": Patience(200.0, retries=2)})
+    replica = Replica(small(), Linear(), patient, policies)
+    outcomes = replica.fly([one(1.0), one(1.0, klass="batch", seed=2)], 150.0)
     by_class = {o.arrival.klass: o for o in outcomes}
     assert {o.fate for o in outcomes} == {Fate.SHED}
     assert by_class["batch"].attempts == 1
