@@ -47,7 +47,7 @@ class Bench:
         self.quick = arguments.quick
         self._arguments = arguments
         self._policies = arguments.policies or shipped_policies()
-        self._seeds = 1 if arguments.quick else settings.budget.seeds_of_best
+        self._seeds = 1 if arguments.quick else arguments.seeds or settings.budget.seeds_of_best
         self._grid = (
             settings.grid[:: len(settings.grid) // QUICK_POINTS] if arguments.quick else settings.grid
         )
@@ -254,6 +254,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traces", type=Path, default=TRACES, help="where the suite's own traces lie")
     parser.add_argument("--policies", type=Path, help="a directory of policies; the shipped ones if left out")
     parser.add_argument("--only", action="append", help="one workload of the suite; may be given again")
+    parser.add_argument("--seeds", type=int, help="of pilot and best points; the settings' if left out")
     parser.add_argument("--workers", type=int, help="processes; one a core if left out")
 
 
