@@ -100,7 +100,7 @@ class ChooseTick(Turn):
                 self._blocked = "unsupported"
                 self._report_unsupported()
             return
-        best = self._best(knob)
+        best = self._best()
         probing = choosing.until_ns is not None
         free = not self._is_overruled and self._cools() <= 0
         if best != self._present and free and self._turn_to(best, knob):
@@ -113,24 +113,16 @@ class ChooseTick(Turn):
             # A claim that stood in while the rule was blind is its choice again.
             self._enter(Phase.ACTIVE if self._target in self.claims.held else Phase.INACTIVE)
 
-    def _best(self, knob: ManifestKnob) -> float:
-        """The candidate to be at; the present choice unless another is better by the hysteresis. What stood
-        in while the rule was blind is no choice: then it is baseline that another has to be better than.
-        """
+    def _best(self) -> float:
+        """The candidate to be at; the present choice unless another is better by the hysteresis."""
         if not self._prices:
             return self._present
-        name, here = self._choose.knob, knob.baseline if self._stands_in else self._present
+        name = self._choose.knob
         best = min(self._prices, key=lambda value: (self._prices[value], protective_first(name, value)))
-        price = self._price(here)
-        if isinstance(price, Missing):
+        present = self._price(self._present)
+        if isinstance(present, Missing):
             return best
-        return best if self._prices[best] < price * (1 - self._choose.hysteresis) else here
-
-    @property
-    def _stands_in(self) -> bool:
-        """Whether what is claimed came from the policy's fallback."""
-        blind = self.before.phase is Phase.INACTIVE and self._choosing.until_ns is None
-        return blind and self._target in self.claims.held
+        return best if self._prices[best] < present * (1 - self._choose.hysteresis) else self._present
 
     def _turn_to(self, best: float, knob: ManifestKnob) -> bool:
         """Make `best` the choice. False where the policy's limits do not allow it."""
