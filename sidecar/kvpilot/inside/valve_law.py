@@ -13,9 +13,9 @@ of a fraction less and less is shed; of credits what was left may still be used 
 that find nothing left, fewer and fewer are turned away.
 
 Who is turned away is told when to come back. Nobody knows how long an overload lasts; without a scale of its
-own (a prior of 1/t) one that has lasted t is over after x more with a chance of x / (t + x). Whoever comes back
-while it lasts waits in vain and takes the place of one who would not, so x is `PATIENCE` times t: nine in ten
-are over by then. Jittered by half, so that clients do not return together.
+own (a prior of 1/t) one that has lasted t is over after x more with a chance of x / (t + x). Whoever comes
+back while it lasts waits in vain and takes the place of one who would not, so x is `PATIENCE` times t: nine
+in ten are over by then. Jittered by half, so that clients do not return together.
 
 `admit` is O(leases in force); memory is bounded.
 """
@@ -45,6 +45,7 @@ RETRY_AFTER_MIN_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
 _JITTER = 0.5
 PATIENCE = 9.0
+"""Times as long as the overload has lasted."""
 OVER_NS = 5 * NS
 """An overload is over when nobody was turned away for so long. Credits come ten times a second, and in most
 tenths somebody finds some: that is no end of it.
