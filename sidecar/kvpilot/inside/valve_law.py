@@ -46,6 +46,8 @@ RETRY_AFTER_MAX_S = 60.0
 _JITTER = 0.5
 PATIENCE = 9.0
 """Times as long as the overload has lasted."""
+AHEAD_NS = 1 * NS
+"""It had lasted so long, at least, before the first was turned away: a queue had to grow first."""
 OVER_NS = 5 * NS
 """An overload is over when nobody was turned away for so long. Credits come ten times a second, and in most
 tenths somebody finds some: that is no end of it.
@@ -165,7 +167,7 @@ class ValveLaw:
         return self._refusal(since_ns, now_ns, reason, "credits")
 
     def _refusal(self, since_ns: int, now_ns: int, reason: str, why: str) -> Decision:
-        return Decision(False, 429, self._jittered(PATIENCE * (now_ns - since_ns) / NS), reason, why)
+        return Decision(False, 429, self._jittered(PATIENCE * (now_ns - since_ns + AHEAD_NS) / NS), reason, why)
 
     def _jittered(self, seconds: float) -> float:
         """Around `seconds`, up to half of it earlier or later, always within 1-60 s: the middle is bounded

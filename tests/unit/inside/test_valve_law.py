@@ -226,7 +226,7 @@ class TestRefusal:
             law.observe(bytes(pilot.page), now_ns - NS // 2)
             law.observe(pilot.write((ALL, 1.0), ttl_ns=60 * NS), now_ns)
         decision = law.admit(0, "", 0, now_ns)
-        middle = min(max(9 * (now_ns - 1) / NS, 2.0), 40.0)
+        middle = min(9 * (1 + (now_ns - 1) / NS), 40.0)
         assert decision.status == 429
         assert 1.0 <= middle / 2 <= decision.retry_after_s <= middle * 1.5 <= 60.0
 
