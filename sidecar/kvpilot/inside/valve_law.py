@@ -167,7 +167,8 @@ class ValveLaw:
         return self._refusal(since_ns, now_ns, reason, "credits")
 
     def _refusal(self, since_ns: int, now_ns: int, reason: str, why: str) -> Decision:
-        return Decision(False, 429, self._jittered(PATIENCE * (now_ns - since_ns + AHEAD_NS) / NS), reason, why)
+        lasted_s = (now_ns - since_ns + AHEAD_NS) / NS
+        return Decision(False, 429, self._jittered(PATIENCE * lasted_s), reason, why)
 
     def _jittered(self, seconds: float) -> float:
         """Around `seconds`, up to half of it earlier or later, always within 1-60 s: the middle is bounded
