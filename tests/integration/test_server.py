@@ -167,6 +167,7 @@ def test_all_beams_are_cancelled_when_the_client_leaves(engine: FakeEngine) -> N
     body = {"prompt": "once", "max_tokens": 100, "n": 3, "use_beam_search": True}
     with engine.http() as http, pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=body, timeout=0.5)
+    eventually(lambda: engine.open_requests() == 0)
     engine.free()
     eventually(engine.all_blocks_free)
     assert engine.core.totals.cancelled == 3
