@@ -6,6 +6,7 @@ is that not every sampled step sorts for top_p. Prefill, which is what a large c
 and 160 KiB.
 """
 
+import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,14 @@ KIB = 1024
 
 def peak_bytes(run: Callable[[], object]) -> tuple[int, int]:
     """The most that was allocated at once while `run` ran, and what was still allocated after it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = run()
+    # What earlier tests left for the collector must not be freed while this one counts.
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            kept = run()
+    finally:
+        gc.enable()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     held = peak = 0
