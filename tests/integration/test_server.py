@@ -166,7 +166,7 @@ def test_all_beams_are_cancelled_when_the_client_leaves(engine: FakeEngine) -> N
     engine.hold()
     body = {"prompt": "once", "max_tokens": 100, "n": 3, "use_beam_search": True}
     with engine.http() as http, pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/completions", json=body, timeout=0.5)
+        http.post("/v1/completions", json=body, timeout=2.0)
     eventually(lambda: engine.open_requests() == 0)
     engine.free()
     eventually(engine.all_blocks_free)
@@ -174,6 +174,8 @@ def test_all_beams_are_cancelled_when_the_client_leaves(engine: FakeEngine) -> N
 
 
 def test_every_choice_is_cancelled_when_the_client_leaves(engine: FakeEngine) -> None:
+    engine.hold()
+    engine.let(3)
     with (
         engine.http() as http,
         http.stream(
@@ -181,6 +183,8 @@ def test_every_choice_is_cancelled_when_the_client_leaves(engine: FakeEngine) ->
         ) as response,
     ):
         next(response.iter_lines())
+    eventually(lambda: engine.open_requests() == 0)
+    engine.free()
     eventually(engine.all_blocks_free)
     assert engine.core.totals.cancelled == 3
 
